@@ -1,0 +1,52 @@
+# Every target sets up what it needs and does nothing twice.
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench clean help
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+# GPU machines: `make demo DEVICE=gpu CONFIG=configs/...`. The default is the CPU.
+DEVICE ?= cpu
+CONFIG ?= configs/demo.yaml
+ARGS   ?=
+
+# CPU builds of torch: a local directory of wheels where PIP_FIND_LINKS names one, else PyTorch's CPU index.
+ifeq ($(DEVICE),cpu)
+  ifneq ($(strip $(PIP_FIND_LINKS)),)
+    TORCH := UV_FIND_LINKS="$(PIP_FIND_LINKS)"
+    PIN   := "torch==2.13.0+cpu"
+  else
+    TORCH := UV_TORCH_BACKEND=cpu
+    PIN   :=
+  endif
+else
+  TORCH := UV_TORCH_BACKEND=auto
+  PIN   :=
+endif
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+
+$(READY): pyproject.toml overrides.txt
+	@command -v uv >/dev/null 2>&1 || python3 -m pip install --quiet --root-user-action=ignore uv \
+	  || python3 -m pip install --quiet --user --break-system-packages uv
+	@UV=$$(command -v uv || echo "python3 -m uv"); set -e; \
+	  [ -x $(PYTHON) ] || $$UV venv --quiet --seed --python ">=3.11,<3.13" $(VENV); \
+	  echo "Installing into $(VENV) (about 3.6 GB; 15 s from a warm cache) ..."; \
+	  $(TORCH) $$UV pip install --quiet --python $(PYTHON) --overrides overrides.txt $(PIN) -e ".[$(DEVICE),dev]"
+	@touch $@
+
+demo: $(READY)  ## start the demo cluster (TP=2), run 64 tasks x 8, print what came out, stop everything
+	@$(VENV)/bin/rollout demo --config $(CONFIG) $(ARGS)
+
+test: $(READY)  ## the whole test suite, real TP=2 engine included
+	@$(PYTHON) -m pytest $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+bench: $(READY)  ## figures against the raw engine and against peers, in out/bench/summary.json
+	@$(PYTHON) -m benchmarks $(ARGS)
+
+clean:  ## remove what the targets above made (the virtual environments too)
+	rm -rf $(VENV) .bench out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .rollout

@@ -1,0 +1,214 @@
+"""The session worker: an async actor that plays hundreds of sessions on one event loop.
+
+Invariant: every session it accepts ends in exactly one summary with its rows, or dies with the worker; a session
+that fails in any way, even in being written down, harms no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+
+import psutil
+import pyarrow as pa
+
+from actors.engine_client import EngineClient, EngineInfo
+from actors.loop_lag import LoopLag
+from actors.messages import Collected, RunSpec, Summary, WorkerSettings, WorkerStats
+from actors.scheduler import Assignment
+from rollout.environment import EnvironmentFactory, load_environment
+from rollout.errors import RolloutError, describe
+from rollout.mcp_tools import McpServers
+from rollout.record import to_table
+from rollout.rendering import load_renderer
+from rollout.session import Session
+from rollout.tool_calls import abandoned_threads
+from rollout.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+# Finished sessions wait this long for others to travel with.
+COLLECT_S = 0.02
+# Sessions are long-lived objects in large numbers; the default thresholds make the collector walk all of them
+# again and again (a third of the CPU at 10,000 sessions). They hold few cycles, so it may come more rarely.
+GC_THRESHOLD = (100_000, 20, 50)
+
+
+class SessionWorker:
+    """One worker. Its methods are called by the controller alone."""
+
+    def __init__(self, worker_id: str, settings: WorkerSettings) -> None:
+        self._id = worker_id
+        self._settings = settings
+        self._chat = load_renderer(settings.model, settings.renderer, settings.renderer_options, settings.revision)
+        self._mcp = McpServers(settings.mcp_servers)
+        self._engine: EngineClient | None = None
+        self._environments: dict[tuple[str, str], EnvironmentFactory] = {}
+        self._sessions: dict[str, asyncio.Task[None]] = {}
+        self._finished: list[tuple[Trajectory, int]] = []
+        self._some_finished = asyncio.Event()
+        self._lag = LoopLag()
+        self._lag_task: asyncio.Task[None] | None = None
+        self._process = psutil.Process()
+
+    async def connect(self, timeout: float) -> EngineInfo:
+        """Reach the engines. Raises EngineTimeout."""
+        from ray import serve
+
+        handle = serve.get_deployment_handle(self._settings.deployment, self._settings.app)
+        self._engine = EngineClient(handle, worker_id=self._id, sticky_margin=self._settings.sticky_margin)
+        info = await self._engine.connect(timeout)
+        self._lag_task = asyncio.create_task(self._lag.watch())
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
+        return info
+
+    async def renderer_name(self) -> str:
+        """Which renderer was chosen."""
+        return self._chat.name
+
+    async def start(self, spec: RunSpec, assignments: list[Assignment]) -> None:
+        """Begin sessions; returns at once."""
+        for assignment in assignments:
+            trajectory_id = assignment.key.trajectory_id
+            task = asyncio.create_task(self._play(spec, assignment))
+            self._sessions[trajectory_id] = task
+
+    async def cancel(self, trajectory_ids: list[str]) -> None:
+        """End sessions as `cancelled`; their trajectories are collected like all others."""
+        for trajectory_id in trajectory_ids:
+            task = self._sessions.get(trajectory_id)
+            if task is not None:
+                task.cancel()
+
+    async def collect(self, timeout: float) -> Collected:
+        """Finished sessions, as soon as there are some; empty after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._some_finished.wait()
+            await asyncio.sleep(COLLECT_S)
+        except TimeoutError:
+            pass
+        self._some_finished.clear()
+        finished, self._finished = self._finished, []
+        table, summaries = _write_down(finished)
+        return Collected(table, summaries, self.stats())
+
+    def stats(self) -> WorkerStats:
+        """This worker's figures now."""
+        engine = self._engine
+        return WorkerStats(
+            worker_id=self._id,
+            sessions=len(self._sessions),
+            loop_lag_p50_s=self._lag.quantile(0.5),
+            loop_lag_p99_s=self._lag.quantile(0.99),
+            resends=engine.resends if engine else 0,
+            abandoned_threads=abandoned_threads(),
+            replicas={name: load.in_flight for name, load in engine.replicas.items()} if engine else {},
+            rss_mb=self._process.memory_info().rss / 2**20,
+        )
+
+    async def close(self) -> None:
+        """Release what outlives a process badly: MCP servers are child processes."""
+        for task in self._sessions.values():
+            task.cancel()
+        if self._engine is not None:
+            self._engine.close()
+        await self._mcp.close()
+
+    async def _play(self, spec: RunSpec, assignment: Assignment) -> None:
+        key = assignment.key
+        try:
+            trajectory = await self._session(spec, assignment).run()
+        except RolloutError as failure:
+            # Before there was a session: its environment could not be loaded.
+            trajectory = _failed(assignment, failure)
+        except asyncio.CancelledError:
+            trajectory = Trajectory(key, [], "cancelled", list(assignment.task.messages), attempts=assignment.attempt)
+        finally:
+            self._sessions.pop(key.trajectory_id, None)
+            if self._engine is not None:
+                self._engine.forget(key.trajectory_id)
+        self._finished.append((trajectory, assignment.attempt))
+        self._some_finished.set()
+
+    def _session(self, spec: RunSpec, assignment: Assignment) -> Session:
+        assert self._engine is not None, "connect() comes first"
+        path = assignment.task.environment or spec.environment
+        known = self._environments.get((spec.run, path))
+        if known is None:
+            # A task that names its own environment gets it without the run's arguments, which are not for it.
+            arguments = spec.environment_args if path == spec.environment else {}
+            known = self._environments[spec.run, path] = load_environment(path, arguments)
+        return Session(
+            assignment.key,
+            assignment.task,
+            environment=known,
+            engine=self._engine,
+            chat=self._chat,
+            sampling=spec.sampling,
+            limits=spec.limits,
+            mcp=self._mcp,
+            attempt=assignment.attempt,
+            queue_s=max(0.0, time.time() - spec.submitted_at) if spec.submitted_at else 0.0,
+        )
+
+
+def _failed(assignment: Assignment, failure: Exception) -> Trajectory:
+    return Trajectory(
+        assignment.key,
+        [],
+        "error",
+        list(assignment.task.messages),
+        error=describe(failure),
+        metadata=assignment.task.metadata,
+        attempts=assignment.attempt,
+    )
+
+
+def _write_down(finished: list[tuple[Trajectory, int]]) -> tuple[pa.Table | None, list[Summary]]:
+    """Trajectories as one table. One that cannot be written becomes an `error` row; the others are untouched."""
+    if not finished:
+        return None, []
+    try:
+        table = to_table([trajectory for trajectory, _ in finished])
+    except Exception:
+        finished = [(_writable(trajectory), attempt) for trajectory, attempt in finished]
+        table = to_table([trajectory for trajectory, _ in finished])
+    summaries = []
+    row = 0
+    for trajectory, attempt in finished:
+        rows = max(1, len(trajectory.segments))
+        summaries.append(_summary(trajectory, attempt, row, rows))
+        row += rows
+    return table, summaries
+
+
+def _writable(trajectory: Trajectory) -> Trajectory:
+    try:
+        to_table([trajectory])
+    except Exception as failure:
+        logger.exception("trajectory %s cannot be written", trajectory.key.trajectory_id)
+        return Trajectory(trajectory.key, [], "error", [], error=describe(failure), attempts=trajectory.attempts)
+    return trajectory
+
+
+def _summary(trajectory: Trajectory, attempt: int, first_row: int, num_rows: int) -> Summary:
+    return Summary(
+        trajectory_id=trajectory.key.trajectory_id,
+        attempt=attempt,
+        retryable=trajectory.retryable,
+        stop_reason=trajectory.stop_reason,
+        reward=trajectory.reward,
+        num_sampled=trajectory.num_sampled,
+        num_turns=sum(turn.role == "assistant" for segment in trajectory.segments for turn in segment.turns),
+        num_segments=len(trajectory.segments),
+        tool_calls=len(trajectory.tool_calls),
+        tool_errors=sum(not call.ok for call in trajectory.tool_calls),
+        error=trajectory.error,
+        first_row=first_row,
+        num_rows=num_rows,
+    )

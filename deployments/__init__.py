@@ -1,0 +1,1 @@
+"""The Ray Serve deployments: the engine (vLLM) and what surrounds it."""

@@ -1,0 +1,82 @@
+"""Builds the Serve application of the engines.
+
+Invariant: CPU and GPU differ only in the values that come in here; the code path is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.lane_router import LaneRouter
+
+APP = "engine"
+DEPLOYMENT = "engine"
+
+# Serve's defaults (10 s) leave a dead engine listed for up to 40 s; these find it within about 10.
+HEALTH_CHECK_PERIOD_S = 3.0
+HEALTH_CHECK_TIMEOUT_S = 15.0
+# Lanes are streams that never end by themselves, so a replica that is told to stop would wait this long for them.
+GRACEFUL_SHUTDOWN_S = 5.0
+# A wrong model or argument fails every time; Serve's default would try 20 times before it says so.
+START_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine deployment is made of."""
+
+    model: str
+    """Directory or hub name."""
+    served_name: str
+    engine_kwargs: Mapping[str, Any]
+    """vLLM's engine arguments."""
+    env: Mapping[str, str]
+    """Environment of the replica and of its workers."""
+    device: str
+    """"cpu" or "gpu"."""
+    replicas: int = 1
+    accelerator_type: str | None = None
+    warmup: bool = True
+
+
+def build_engine_app(spec: EngineSpec) -> Any:
+    """The engine application, for `serve.run(app, name=APP)`. Needs a running Ray. Raises what LLMConfig raises."""
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+
+    from deployments.engine import RolloutEngine
+
+    config = LLMConfig(
+        model_loading_config={"model_id": spec.served_name, "model_source": spec.model},
+        engine_kwargs=dict(spec.engine_kwargs),
+        runtime_env={"env_vars": dict(spec.env)},
+        accelerator_config={"kind": spec.device},
+        accelerator_type=spec.accelerator_type,
+        placement_group_config=_placement(spec),
+        deployment_config={
+            "num_replicas": spec.replicas,
+            "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+            "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+            "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,
+            "request_router_config": {
+                "request_router_class": f"{LaneRouter.__module__}.{LaneRouter.__qualname__}"
+            },
+        },
+    )
+    return build_llm_deployment(
+        config,
+        deployment_cls=RolloutEngine,
+        bind_kwargs={"warmup": spec.warmup},
+        override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": START_ATTEMPTS},
+    )
+
+
+def _placement(spec: EngineSpec) -> dict[str, Any] | None:
+    """All ranks of one tensor-parallel group on one node; over several nodes where pipelines ask for it.
+
+    Ray's default would spread them if it had to, and tensor parallelism over a network is the slow kind.
+    """
+    if spec.device != "gpu" or int(spec.engine_kwargs.get("pipeline_parallel_size", 1)) > 1:
+        return None
+    return {"bundle_per_worker": {"GPU": 1, "CPU": 1}, "strategy": "STRICT_PACK"}

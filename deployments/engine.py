@@ -1,0 +1,216 @@
+"""The engine deployment: Ray Serve LLM's server with a rollout path beside its OpenAI surface.
+
+Invariant: the rollout path takes token ids and returns the ids that were sampled, each with the log-probability
+under the distribution that it was sampled from and the version of the weights that sampled it, or an exception;
+never text. A replica counts as ready only after it has generated once: the first request costs 3 to 5 s more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.serve.llm.deployment import LLMServer
+
+from actors.engine_client import EngineInfo
+from actors.lanes import Answer
+from rollout.engine import GenerateRequest, Generation, VersionSpan
+from rollout.errors import EngineDied, EngineError, EngineRefused
+
+logger = logging.getLogger(__name__)
+
+# Answers that finish within this time travel together.
+DRAIN_S = 0.003
+# A lane without traffic still says so often how loaded the replica is.
+REPORT_S = 1.0
+# Deadline of the first generation, compilation of CPU kernels included.
+WARMUP_TIMEOUT_S = 300.0
+
+
+class RolloutVLLMEngine(VLLMEngine):
+    """Ray's vLLM engine with its client in reach: the rollout path talks to vLLM's AsyncLLM itself."""
+
+    @property
+    def client(self) -> Any:
+        """vLLM's AsyncLLM."""
+        return self._engine_client
+
+
+@dataclass(slots=True)
+class ResultBatch:
+    """One message of a lane's results stream (actors.lanes.Batch)."""
+
+    answers: list[Answer]
+    in_flight: int
+    """Requests that this replica holds, of all lanes."""
+    version: int
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """The replica's end of one lane."""
+
+    answers: list[Answer] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+
+class RolloutEngine(LLMServer):
+    """LLMServer plus `submit`, `results`, `cancel` (lanes) and `describe`."""
+
+    _default_engine_cls = RolloutVLLMEngine
+
+    async def __init__(self, llm_config: Any, *, warmup: bool = True) -> None:
+        """Start the engine and generate once. Raises what vLLM raises."""
+        await super().__init__(llm_config)
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._in_flight = 0
+        self._version = 0
+        # The engine's own label must be a number from the first token on; vLLM calls it "default".
+        await self._client.update_weight_version(str(self._version))
+        if warmup:
+            await self._warm_up()
+
+    @property
+    def _client(self) -> Any:
+        return self.engine.client
+
+    async def describe(self) -> EngineInfo:
+        """What this replica runs."""
+        config = self._client.vllm_config
+        return EngineInfo(
+            model=config.model_config.model,
+            max_model_len=config.model_config.max_model_len,
+            tensor_parallel_size=config.parallel_config.tensor_parallel_size,
+            version=self._version,
+        )
+
+    async def submit(self, lane_id: str, requests: Sequence[GenerateRequest]) -> None:
+        """Start generations; their answers come over `results(lane_id)`."""
+        mailbox = self._mailboxes.setdefault(lane_id, _Mailbox())
+        for request in requests:
+            mailbox.tasks[request.request_id] = asyncio.create_task(self._serve(mailbox, request))
+
+    async def cancel(self, lane_id: str, request_ids: Sequence[str]) -> None:
+        """Stop generations; nothing is answered for them."""
+        mailbox = self._mailboxes.get(lane_id)
+        for request_id in request_ids if mailbox is not None else ():
+            task = mailbox.tasks.pop(request_id, None)
+            if task is not None:
+                task.cancel()
+
+    async def results(self, lane_id: str) -> AsyncIterator[ResultBatch]:
+        """The answers of a lane as they finish, in batches, for as long as the caller listens.
+
+        When it stops listening, what the lane still holds is cancelled: a worker that died leaves no work behind.
+        """
+        mailbox = self._mailboxes.setdefault(lane_id, _Mailbox())
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(REPORT_S):
+                        await mailbox.ready.wait()
+                    await asyncio.sleep(DRAIN_S)
+                except TimeoutError:
+                    pass
+                mailbox.ready.clear()
+                answers, mailbox.answers = mailbox.answers, []
+                yield ResultBatch(answers, self._in_flight, self._version)
+        finally:
+            self._mailboxes.pop(lane_id, None)
+            for task in mailbox.tasks.values():
+                task.cancel()
+
+    async def _serve(self, mailbox: _Mailbox, request: GenerateRequest) -> None:
+        self._in_flight += 1
+        outcome: Generation | Exception
+        try:
+            outcome = await self._generate(request)
+        except asyncio.CancelledError:
+            return
+        except EngineError as failure:
+            outcome = failure
+        except Exception as failure:
+            outcome = EngineError(f"{type(failure).__name__}: {failure}")
+        finally:
+            self._in_flight -= 1
+            mailbox.tasks.pop(request.request_id, None)
+        mailbox.answers.append((request.request_id, outcome))
+        mailbox.ready.set()
+
+    async def _generate(self, request: GenerateRequest) -> Generation:
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            params = to_sampling_params(request.sampling)
+            # Keys computed under other weights must never be found again: the version salts the prefix cache.
+            prompt = tokens_input(request.prompt_ids.tolist(), cache_salt=str(self._version))
+            final = None
+            async for output in self._client.generate(prompt, params, request.request_id):
+                final = output
+        except EngineDeadError as failure:
+            raise EngineDied(f"the engine of this replica is dead: {failure}") from None
+        except (ValueError, TypeError) as failure:
+            raise EngineRefused(str(failure)) from None
+        if final is None:
+            raise EngineError("the engine ended a request without an output")
+        return to_generation(final)
+
+    async def _warm_up(self) -> None:
+        started = time.perf_counter()
+        request = GenerateRequest("warm-up", array("i", [1, 2, 3, 4]), {"max_tokens": 4, "ignore_eos": True})
+        async with asyncio.timeout(WARMUP_TIMEOUT_S):
+            await self._generate(request)
+        logger.info("warm after %.1f s", time.perf_counter() - started)
+
+
+def to_sampling_params(sampling: dict[str, Any]) -> Any:
+    """vLLM's SamplingParams for a rollout: final output only, the sampled token's log-probability, no text."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+    kwargs = dict(sampling)
+    constraint = kwargs.pop("structured_outputs", None)
+    if constraint is not None:
+        kwargs["structured_outputs"] = StructuredOutputsParams(**constraint)
+    return SamplingParams(
+        **kwargs,
+        logprobs=0,
+        flat_logprobs=True,
+        # Stop strings are found in text, so only they pay for making it.
+        detokenize=bool(kwargs.get("stop") or kwargs.get("bad_words")),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def to_generation(output: Any) -> Generation:
+    """vLLM's RequestOutput as a Generation. Raises EngineError where it is not whole.
+
+    Log-probabilities come flat: one entry a position, the sampled token's, since `logprobs=0` asks for no others.
+    """
+    completion = output.outputs[0]
+    ids = completion.token_ids
+    flat = completion.logprobs
+    values = [] if flat is None else flat.logprobs
+    if len(values) != len(ids) or (flat is not None and list(flat.token_ids) != list(ids)):
+        raise EngineError(f"{len(ids)} sampled tokens came with {len(values)} log-probabilities")
+    spans = completion.weight_versions or []
+    stats = output.metrics
+    generation = Generation(
+        token_ids=array("i", ids),
+        logprobs=array("f", values),
+        versions=[VersionSpan(int(span.version), span.start, span.end) for span in spans],
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        cached_tokens=output.num_cached_tokens or 0,
+    )
+    if stats is not None and stats.scheduled_ts:
+        generation.queue_s = max(0.0, stats.scheduled_ts - stats.queued_ts)
+        generation.decode_s = max(0.0, stats.last_token_ts - stats.scheduled_ts)
+    return generation

@@ -1,0 +1,236 @@
+"""The trajectory record: an Arrow table with one row per segment. The one format of everything that leaves.
+
+Invariant (`check`, at every write): the per-token lists of a row have the length of response_ids; mask 1 ⇔
+version ≥ 0; log-probabilities are finite, and 0 where the mask is 0; segments of a trajectory are complete.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rollout.errors import RecordError
+from rollout.ledger import IDS, Segment
+from rollout.trajectory import STOP_REASONS, Trajectory
+
+SCHEMA = pa.schema(
+    [
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("task_id", pa.string(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("trajectory_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("segment_index", pa.int32(), nullable=False),
+        pa.field("num_segments", pa.int32(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_mask", pa.list_(pa.int8()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("policy_versions", pa.list_(pa.int32()), nullable=False),
+        pa.field("reward", pa.float32()),
+        pa.field("turn_rewards", pa.list_(pa.float32())),
+        pa.field("stop_reason", pa.string(), nullable=False),
+        pa.field(
+            "turns",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("role", pa.string()),
+                        ("start", pa.int32()),
+                        ("end", pa.int32()),
+                        ("seconds", pa.float32()),
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field("fork_reason", pa.string()),
+        pa.field("messages", pa.string(), nullable=False),
+        pa.field(
+            "tool_calls",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("name", pa.string()),
+                        ("ok", pa.bool_()),
+                        ("seconds", pa.float32()),
+                        ("error", pa.string()),
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field(
+            "timing",
+            pa.struct(
+                [
+                    ("queue_s", pa.float32()),
+                    ("engine_s", pa.float32()),
+                    ("tool_s", pa.float32()),
+                    ("env_s", pa.float32()),
+                    ("total_s", pa.float32()),
+                ]
+            ),
+            nullable=False,
+        ),
+        pa.field("error", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("metadata", pa.string(), nullable=False),
+    ],
+    metadata={"rollout_record": "1"},
+)
+
+_PER_TOKEN = ("response_mask", "logprobs", "policy_versions")
+# An errored session may have died before its first prompt; its row still exists, with empty arrays.
+_EMPTY = Segment(prompt_ids=array(IDS))
+
+
+def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
+    """Trajectories as a checked table of SCHEMA, one row per segment. Raises RecordError."""
+    rows = [
+        (trajectory, index, segment)
+        for trajectory in trajectories
+        for index, segment in enumerate(trajectory.segments or [_EMPTY])
+    ]
+    # Whole-trajectory values are written out once and shared by its segments.
+    texts = {
+        id(t): (json.dumps(t.messages, ensure_ascii=False, default=str), json.dumps(t.metadata, default=str))
+        for t in trajectories
+    }
+    columns: dict[str, pa.Array] = {
+        "run": _array("run", [t.key.run for t, _, _ in rows]),
+        "task_id": _array("task_id", [t.key.task_id for t, _, _ in rows]),
+        "group_id": _array("group_id", [t.key.group_id for t, _, _ in rows]),
+        "trajectory_id": _array("trajectory_id", [t.key.trajectory_id for t, _, _ in rows]),
+        "sample_index": _array("sample_index", [t.key.sample_index for t, _, _ in rows]),
+        "segment_index": _array("segment_index", [index for _, index, _ in rows]),
+        "num_segments": _array("num_segments", [max(1, len(t.segments)) for t, _, _ in rows]),
+        "prompt_ids": _token_lists([s.prompt_ids for _, _, s in rows], pa.int32()),
+        "response_ids": _token_lists([s.response_ids for _, _, s in rows], pa.int32()),
+        "response_mask": _token_lists([s.response_mask for _, _, s in rows], pa.int8()),
+        "logprobs": _token_lists([s.logprobs for _, _, s in rows], pa.float32()),
+        "policy_versions": _token_lists([s.policy_versions for _, _, s in rows], pa.int32()),
+        "reward": _array("reward", [t.reward for t, _, _ in rows]),
+        "turn_rewards": _array("turn_rewards", [t.turn_rewards for t, _, _ in rows]),
+        "stop_reason": _array("stop_reason", [t.stop_reason for t, _, _ in rows]),
+        "turns": _array(
+            "turns",
+            [
+                [{"role": u.role, "start": u.start, "end": u.end, "seconds": u.seconds} for u in s.turns]
+                for _, _, s in rows
+            ],
+        ),
+        "fork_reason": _array("fork_reason", [s.fork_reason for _, _, s in rows]),
+        "messages": _array("messages", [texts[id(t)][0] for t, _, _ in rows]),
+        "tool_calls": _array(
+            "tool_calls",
+            [
+                [{"name": c.name, "ok": c.ok, "seconds": c.seconds, "error": c.error} for c in t.tool_calls]
+                for t, _, _ in rows
+            ],
+        ),
+        "timing": _array(
+            "timing",
+            [
+                {
+                    "queue_s": t.timing.queue_s,
+                    "engine_s": t.timing.engine_s,
+                    "tool_s": t.timing.tool_s,
+                    "env_s": t.timing.env_s,
+                    "total_s": t.timing.total_s,
+                }
+                for t, _, _ in rows
+            ],
+        ),
+        "error": _array("error", [t.error for t, _, _ in rows]),
+        "attempts": _array("attempts", [t.attempts for t, _, _ in rows]),
+        "metadata": _array("metadata", [texts[id(t)][1] for t, _, _ in rows]),
+    }
+    table = pa.table(columns, schema=SCHEMA)
+    check(table)
+    return table
+
+
+def _array(name: str, values: list[Any]) -> pa.Array:
+    return pa.array(values, type=SCHEMA.field(name).type)
+
+
+def _token_lists(arrays: Sequence[Any], kind: pa.DataType) -> pa.ListArray:
+    """Typed arrays to one list column by joining their buffers: no Python number is made on the way."""
+    offsets = [0]
+    for item in arrays:
+        offsets.append(offsets[-1] + len(item))
+    joined = b"".join(item.tobytes() for item in arrays)
+    values = pa.Array.from_buffers(kind, offsets[-1], [None, pa.py_buffer(joined)])
+    return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
+
+
+def check(table: pa.Table) -> None:
+    """Verify the record's invariant on a whole table, column at a time. Raises RecordError naming a trajectory."""
+    if not table.schema.equals(SCHEMA):
+        raise RecordError(f"the table's schema is not the record's: {table.schema}")
+    if table.num_rows == 0:
+        return
+    table = table.combine_chunks()
+    lengths = pc.list_value_length(table["response_ids"])
+    for name in _PER_TOKEN:
+        _require(
+            table,
+            pc.equal(pc.list_value_length(table[name]), lengths),
+            f"{name} and response_ids differ in length",
+        )
+    mask = pc.list_flatten(table["response_mask"])
+    parents = pc.list_parent_indices(table["response_mask"])
+    sampled = pc.equal(mask, 1)
+    versions = pc.list_flatten(table["policy_versions"])
+    logprobs = pc.list_flatten(table["logprobs"])
+    _require_tokens(table, parents, pc.or_(sampled, pc.equal(mask, 0)), "response_mask holds more than 0 and 1")
+    _require_tokens(
+        table, parents, pc.equal(sampled, pc.greater_equal(versions, 0)), "mask 1 and version >= 0 disagree"
+    )
+    _require_tokens(table, parents, pc.is_finite(logprobs), "a log-probability is not finite")
+    _require_tokens(
+        table,
+        parents,
+        pc.or_(sampled, pc.equal(logprobs, 0.0)),
+        "a log-probability stands where the mask is 0",
+    )
+    known = pc.is_in(table["stop_reason"], value_set=pa.array(STOP_REASONS))
+    _require(table, known, "unknown stop_reason")
+    inside = pc.and_(
+        pc.greater_equal(table["segment_index"], 0), pc.less(table["segment_index"], table["num_segments"])
+    )
+    _require(table, inside, "segment_index is outside num_segments")
+
+
+def _require(table: pa.Table, good: Any, problem: str) -> None:
+    if not pc.all(good).as_py():
+        row = pc.index(good, False).as_py()
+        raise RecordError(f"{problem} in trajectory {table['trajectory_id'][row].as_py()!r}")
+
+
+def _require_tokens(table: pa.Table, parents: Any, good: Any, problem: str) -> None:
+    if len(good) and not pc.all(good).as_py():
+        row = parents[pc.index(good, False).as_py()].as_py()
+        raise RecordError(f"{problem} in trajectory {table['trajectory_id'][row].as_py()!r}")
+
+
+def read_parquet(path: Path | str) -> pa.Table:
+    """A trajectory file as a checked table. Raises RecordError for a file of another kind."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RecordError(f"{path}: not a readable Parquet file: {error}") from None
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise RecordError(f"{path}: not a trajectory file: it lacks {', '.join(missing)}")
+    table = table.select(SCHEMA.names).cast(SCHEMA)
+    check(table)
+    return table
