@@ -17,6 +17,7 @@ import enum
 import functools
 import json
 import logging
+import os
 import re
 import types
 import typing
@@ -111,13 +112,19 @@ def _vllm() -> _Vllm:
     for group in parser._action_groups:
         # vLLM titles each group with the config class that holds the group's arguments.
         owner = getattr(vllm.config, group.title or "", None)
-        fields.update(getattr(owner, "__pydantic_fields__", {}))
+        of_owner = getattr(owner, "__pydantic_fields__", {})
+        # Other config classes have derived fields of the same names, without bounds.
+        fields |= {act.dest: of_owner[act.dest] for act in group._group_actions if act.dest in of_owner}
     return _Vllm(annotations, parser, {action.dest: action for action in parser._actions}, fields)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without vLLM's log lines, which are about starting engines and would be noise in a check."""
+    """Without vLLM's log lines, which are about starting engines, and without the variables that it sets.
+
+    A check must change nothing: what is started after it inherits the environment.
+    """
+    environment = dict(os.environ)
     with contextlib.suppress(ImportError):
         # vLLM sets the level of its logger as it is imported; only later can it be set here.
         import vllm.logger  # noqa: F401
@@ -130,6 +137,9 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 def _unknown(vllm: _Vllm, name: str) -> str:

@@ -20,8 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluster import state
 from cluster.config import ClusterConfig
+from cluster.ray_auth import use_token
 from cluster.state import ClusterState
 from rollout.errors import RolloutError
 
@@ -48,7 +51,7 @@ def up(config: ClusterConfig, config_path: Path | str, report: Report = lambda _
         down(existing)
     cluster = _start_ray(config, config_path, report)
     try:
-        with connected(cluster):
+        with connected(cluster, patience=RAY_START_SECONDS):
             _deploy(config, report)
     except BaseException as failure:
         tail = log_tail(cluster)
@@ -66,7 +69,7 @@ def down(cluster: ClusterState, report: Report = lambda _: None) -> int:
     ended = 0
     if cluster.owns_ray:
         report("ending its processes")
-        ended = state.end_processes(cluster.cluster_id, lambda n: report(f"{n} processes are ending"))
+        ended = state.end_processes(cluster, lambda n: report(f"{n} processes are ending"))
         if cluster.temp_dir:
             shutil.rmtree(cluster.temp_dir, ignore_errors=True)
     elif is_alive(cluster):
@@ -88,18 +91,32 @@ def is_alive(cluster: ClusterState) -> bool:
 
 
 @contextmanager
-def connected(cluster: ClusterState) -> Iterator[None]:
-    """This process as a driver of the cluster's Ray, for the length of the block."""
+def connected(cluster: ClusterState, patience: float = 0.0) -> Iterator[None]:
+    """This process as a driver of the cluster's Ray, for the length of the block.
+
+    `patience`: seconds to try again, as Ray's port opens before its node can be joined. Raises RolloutError.
+    """
+    if cluster.owns_ray:
+        use_token()
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address=cluster.address,
-        namespace=cluster.name,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=False,
-    )
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            ray.init(
+                address=cluster.address,
+                namespace=cluster.name,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+            )
+            break
+        except (ConnectionError, RuntimeError) as failure:
+            ray.shutdown()
+            if time.monotonic() > deadline:
+                raise RolloutError(f"Ray at {cluster.address} cannot be joined: {failure}") from failure
+            time.sleep(0.5)
     try:
         yield
     finally:
@@ -124,6 +141,7 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
     if config.ray.address is not None:
         return ClusterState(config.name, cluster_id, config.ray.address, path, "", "", time.time(), owns_ray=False)
     report("starting Ray")
+    use_token()
     # Short: Ray puts sockets below it, whose paths may not exceed 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="rollout-", dir="/tmp")
     log_file = os.path.join(temp_dir, "ray.log")
@@ -143,9 +161,6 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
         f"--object-store-memory={config.ray.object_store_memory_mb * 2**20}",
         f"--temp-dir={temp_dir}",
     ]
-    cluster = ClusterState(
-        config.name, cluster_id, f"127.0.0.1:{port}", path, temp_dir, log_file, time.time(), owns_ray=True
-    )
     with open(log_file, "wb") as log:
         # A session of its own, so that Ctrl-C at the terminal reaches this command and not the cluster.
         process = subprocess.Popen(
@@ -156,6 +171,17 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
             env=_node_environment(config, cluster_id),
             start_new_session=True,
         )
+    cluster = ClusterState(
+        name=config.name,
+        cluster_id=cluster_id,
+        address=f"127.0.0.1:{port}",
+        config_path=path,
+        temp_dir=temp_dir,
+        log_file=log_file,
+        started_at=time.time(),
+        session_id=process.pid,
+        session_started=psutil.Process(process.pid).create_time(),
+    )
     deadline = time.monotonic() + RAY_START_SECONDS
     try:
         while not is_alive(cluster):

@@ -1,7 +1,9 @@
 """What `rollout up` remembers of the clusters that it started, one small file each.
 
-Invariant: a process is only ever signalled if it carries this cluster's id in its environment. Process ids alone
-are not proof: they are reused.
+Invariant: a process is only ever signalled if it is the cluster's: it carries the cluster's id in its environment, or
+it belongs to the session (in the sense of setsid) that the cluster's Ray leads. Process ids alone are no proof, as
+they are reused; the environment alone is not enough, as processes that rename themselves (vLLM's workers, Ray's
+agents) overwrite theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import psutil
 
 from rollout.errors import RolloutError
 
-# Inherited by every process of a cluster, vLLM's workers included.
+# Inherited by every process of a cluster.
 ID_VARIABLE = "ROLLOUT_CLUSTER_ID"
 # Seconds that processes get between the request to end and the end.
 TERM_SECONDS = 8.0
@@ -38,7 +40,11 @@ class ClusterState:
     """Ray's session files and logs; empty where the Ray is not ours."""
     log_file: str
     started_at: float
-    owns_ray: bool
+    session_id: int = 0
+    """Process id of the Ray node's leader, which is the session id of all its descendants; 0: not ours."""
+    session_started: float = 0.0
+    """When that leader started (seconds since the epoch, as psutil gives it)."""
+    owns_ray: bool = True
     """Whether the Ray under it was started by us, and so ends with it."""
 
 
@@ -84,47 +90,55 @@ def remove(name: str) -> None:
     (state_dir() / f"{name}.json").unlink(missing_ok=True)
 
 
-def processes(cluster_id: str) -> Iterator[psutil.Process]:
-    """All processes of this user that carry the cluster's id, except this one."""
+def processes(cluster: ClusterState) -> Iterator[psutil.Process]:
+    """All living processes of a cluster, except this one."""
+    session = cluster.session_id if _session_is_ours(cluster) else -1
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(ID_VARIABLE) == cluster_id:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            marked = process.environ().get(ID_VARIABLE) == cluster.cluster_id
+            if marked or os.getsid(process.pid) == session:
                 yield process
         except (psutil.Error, OSError):
             # Gone meanwhile, or another user's.
             continue
 
 
-def end_processes(cluster_id: str, on_wait: Callable[[int], None] | None = None) -> int:
-    """End all processes of a cluster: asked first, then killed. Returns how many there were.
+def _session_is_ours(cluster: ClusterState) -> bool:
+    """Whether the session id still means the cluster's session.
 
-    Looks again after each round, as processes may still start others while they end.
+    The kernel gives a number to no new process while a session of that number has members, so it can only have
+    passed to somebody else if a process of that id exists that did not start when our leader did.
     """
-    total = 0
-    deadline = time.monotonic() + TERM_SECONDS
-    asked: set[int] = set()
-    while living := [process for process in processes(cluster_id) if _alive(process)]:
-        late = time.monotonic() > deadline
-        for process in living:
-            if late or process.pid not in asked:
-                total += process.pid not in asked
-                asked.add(process.pid)
-                _signal(process, signal.SIGKILL if late else signal.SIGTERM)
-        if on_wait is not None:
-            on_wait(len(living))
-        if late and time.monotonic() > deadline + TERM_SECONDS:
-            raise RolloutError(f"{len(living)} processes of the cluster cannot be ended: {[p.pid for p in living]}")
-        psutil.wait_procs(living, timeout=0.3)
-    return total
-
-
-def _alive(process: psutil.Process) -> bool:
+    if not cluster.session_id:
+        return False
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return abs(psutil.Process(cluster.session_id).create_time() - cluster.session_started) < 1.0
+    except psutil.NoSuchProcess:
+        return True
     except psutil.Error:
         return False
 
 
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.Error):
-        process.send_signal(number)
+def end_processes(cluster: ClusterState, on_wait: Callable[[int], None] | None = None) -> int:
+    """End all processes of a cluster: asked first, then killed. Returns how many there were.
+
+    Looks again after each round, as processes may still start others while they end. Raises RolloutError for those
+    that survive being killed.
+    """
+    asked: set[int] = set()
+    deadline = time.monotonic() + TERM_SECONDS
+    while living := list(processes(cluster)):
+        late = time.monotonic() > deadline
+        if time.monotonic() > deadline + TERM_SECONDS:
+            raise RolloutError(f"{len(living)} processes of the cluster cannot be ended: {[p.pid for p in living]}")
+        for process in living:
+            if late or process.pid not in asked:
+                asked.add(process.pid)
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
+        if on_wait is not None:
+            on_wait(len(living))
+        psutil.wait_procs(living, timeout=0.3)
+    return len(asked)

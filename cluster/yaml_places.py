@@ -20,7 +20,7 @@ Note = Callable[[FieldPath, str, str], None]
 
 MAX_DEPTH = 32
 # Counted with every alias written out, so that a few lines of aliases of aliases cannot fill the memory.
-MAX_VALUES = 50_000
+MAX_VALUES = 20_000
 # vLLM and Ray take integers of 64 bits.
 MAX_INTEGER = 2**63 - 1
 # Longest name of the file repeated in a message, in characters.
@@ -129,7 +129,7 @@ def parse(
         node = loader.get_single_node()
         if node is None:
             return Value(source)
-        return _Builder(loader, place, note, text_fields).value(node, base)
+        return _Builder(loader, place, note, text_fields, base).value(node, base)
     except _TooMuch as error:
         raise Unreadable(place.at(error.line + 1), _TOO_MUCH, base) from None
     except yaml.MarkedYAMLError as error:
@@ -160,14 +160,22 @@ def _without_words(error: yaml.MarkedYAMLError) -> str:
     return re.sub(r"""'(?!<)[^']{3,}'|"[^"]{3,}\"""", "…", text)
 
 
+def _allowed(value: object) -> bool:
+    """No surrogates, which cannot be encoded, and no NUL, which no path or variable takes."""
+    return not isinstance(value, str) or not re.search("[\0\ud800-\udfff]", value)
+
+
 class _Builder:
     """Turns PyYAML's nodes into values, and notes duplicate keys and what has no meaning here."""
 
-    def __init__(self, loader: _Loader, place: _Place, note: Note, text_fields: Collection[FieldPath]) -> None:
+    def __init__(
+        self, loader: _Loader, place: _Place, note: Note, text_fields: Collection[FieldPath], base: FieldPath
+    ) -> None:
         self._loader = loader
         self._place = place
         self._note = note
         self._text_fields = text_fields
+        self._base = base
         self._count = 0
 
     def value(self, node: yaml.Node, field: FieldPath) -> Value:
@@ -175,7 +183,7 @@ class _Builder:
         self._count += 1
         # The depth is reached by an alias inside of its own anchor, the count by aliases of aliases.
         if self._count > MAX_VALUES or len(field) > MAX_DEPTH:
-            raise Unreadable(where, _TOO_MUCH)
+            raise Unreadable(where, _TOO_MUCH, self._base)
         if isinstance(node, yaml.MappingNode) and self._is(node, "map"):
             return Value(where, mapping=self._mapping(node, field))
         if isinstance(node, yaml.SequenceNode) and self._is(node, "seq"):
@@ -195,7 +203,11 @@ class _Builder:
             if self._is(key_node, "merge"):
                 self._note(field, "merging with `<<` is not supported; write the fields out", where)
                 continue
-            key = self._scalar(key_node, field, where)
+            # A name is what was written, also where YAML 1.1 reads a value: `on`, `NO`, `1.5`. Token ids are numbers.
+            key = self._scalar(key_node, field, where) if self._is(key_node, "int") else key_node.value
+            if not _allowed(key):
+                self._note(field, "a name with a character that is not allowed in text", where)
+                continue
             if key in found:
                 self._note((*field, key), f"is given twice, first on line {lines[key]}; remove one of them", where)
                 continue
@@ -221,7 +233,7 @@ class _Builder:
         if isinstance(value, int) and abs(value) > MAX_INTEGER:
             self._note(field, "is too large a number", where)
             return None
-        if isinstance(value, str) and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+        if not _allowed(value):
             self._note(field, "holds a character that is not allowed in text", where)
             return None
         return value

@@ -59,9 +59,7 @@ def build_engine_app(spec: EngineSpec) -> Any:
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,
             "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
             "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,
-            "request_router_config": {
-                "request_router_class": f"{LaneRouter.__module__}.{LaneRouter.__qualname__}"
-            },
+            "request_router_config": {"request_router_class": f"{LaneRouter.__module__}.{LaneRouter.__qualname__}"},
         },
     )
     return build_llm_deployment(

@@ -174,9 +174,15 @@ def _validated(chosen: Tool, arguments: dict[str, Any] | str | None) -> dict[str
 def _schema_checked(chosen: Tool, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a tool that has only a JSON schema (MCP), checked against it."""
     import jsonschema
+    import referencing
 
-    validator = jsonschema.validators.validator_for(chosen.parameters)(chosen.parameters)
-    problems = [f"{_path(issue.absolute_path)}: {issue.message}" for issue in validator.iter_errors(arguments)]
+    # An empty registry: a schema's $ref must never make this process fetch something from the network.
+    kind = jsonschema.validators.validator_for(chosen.parameters)
+    validator = kind(chosen.parameters, registry=referencing.Registry())
+    try:
+        problems = [f"{_path(issue.absolute_path)}: {issue.message}" for issue in validator.iter_errors(arguments)]
+    except Exception as error:
+        raise ToolError(f"the schema of {chosen.name} cannot be used: {type(error).__name__}: {error}") from None
     if problems:
         raise ToolError(f"invalid arguments for {chosen.name}: {'; '.join(problems)}")
     return arguments

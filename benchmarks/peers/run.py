@@ -81,7 +81,6 @@ def _run_client(
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -95,8 +94,8 @@ def _run_client(
         if process.poll() is None:
             stop_group(process)
     if process.returncode:
-        tail = err.decode(errors="replace").strip().splitlines()[-1:]
-        return _missing(f"the client ended with status {process.returncode}: {' '.join(tail)[:500]}")
+        tail = " ".join(err.decode(errors="replace").split())[-500:]
+        return _missing(f"the client ended with status {process.returncode}: … {tail}")
     for text in reversed(out.decode(errors="replace").splitlines()):
         if text.startswith("{"):
             return json.loads(text)

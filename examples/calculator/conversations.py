@@ -1,8 +1,8 @@
 """Calculator tasks and the conversations that solve them.
 
 Everything here is plain data: a :class:`Task` is what the user asks (with the operations behind it), and
-:func:`reference_conversation` is a right solution of it as OpenAI-style messages. ``make_model.py`` trains the
-demo model on such conversations and writes the shipped ``tasks.jsonl`` from the same generator.
+:func:`reference_turns` is a right solution of it, turn by turn. ``make_model.py`` trains the demo model on
+such conversations and writes the shipped ``tasks.jsonl`` from the same generator.
 """
 
 from __future__ import annotations
@@ -10,40 +10,20 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
 
-# --- The environment's fixed strings -----------------------------------------------------------------------
+from examples.calculator.environment import Calculator
+from rollout.calculator import calculator_tools
 
-SYSTEM_PROMPT = "You are a careful calculator. Use the tools for every operation, then answer with one number."
+# --- What the model is shown -------------------------------------------------------------------------------
+
+SYSTEM_PROMPT = Calculator.system_prompt
+TOOLS: list[dict[str, Any]] = [tool.spec for tool in calculator_tools()]
 DIVISION_BY_ZERO = "Error: division by zero"
-_DESCRIPTIONS = {
-    "add": "Add two numbers.",
-    "subtract": "Subtract b from a.",
-    "multiply": "Multiply two numbers.",
-    "divide": "Divide a by b.",
-}
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": description,
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "a": {"type": "number", "description": "The first number."},
-                    "b": {"type": "number", "description": "The second number."},
-                },
-                "required": ["a", "b"],
-            },
-        },
-    }
-    for name, description in _DESCRIPTIONS.items()
-]
 ROUNDING_DIGITS = 12  # significant digits of a quotient whose decimals never end
 
 # --- Arithmetic --------------------------------------------------------------------------------------------
@@ -142,7 +122,12 @@ class Task:
 
 KIND_SHARES = {"single": 0.5, "nested": 0.3, "parallel": 0.2}
 ONE_QUESTION = ("What is {}?", "Compute {}.", "Calculate {}.", "How much is {}?", "Work out {}.")
-TWO_QUESTIONS = ("What are {} and {}?", "Compute {} and {}.", "Calculate both {} and {}.", "Work out {} and {}.")
+TWO_QUESTIONS = (
+    "What are {} and {}?",
+    "Compute {} and {}.",
+    "Calculate both {} and {}.",
+    "Work out {} and {}.",
+)
 MAX_ANSWER_LENGTH = 8  # longer results (mostly 1/3-like quotients) are kept only now and then
 
 
@@ -193,9 +178,9 @@ def solve(operations: Sequence[Operation]) -> list[str]:
     return results
 
 
-def draw_task(rng: random.Random) -> Task:
+def draw_task(rng: random.Random, shares: dict[str, float]) -> Task:
     """One random task."""
-    kind = rng.choices(tuple(KIND_SHARES), tuple(KIND_SHARES.values()))[0]
+    kind = rng.choices(tuple(shares), tuple(shares.values()))[0]
     while True:
         if kind == "nested":
             drawn = _draw_nested(rng)
@@ -209,18 +194,21 @@ def draw_task(rng: random.Random) -> Task:
             tools = [rng.choice(tuple(SYMBOLS)) for _ in range(count)]
             operations = tuple(Operation(tool, *_draw_operands(rng, tool)) for tool in tools)
             expressions = [f"{op.a} {SYMBOLS[op.tool]} {op.b}" for op in operations]
-            question = rng.choice(TWO_QUESTIONS if kind == "parallel" else ONE_QUESTION).format(*expressions)
+            templates = TWO_QUESTIONS if kind == "parallel" else ONE_QUESTION
+            question = rng.choice(templates).format(*expressions)
             answers = solve(operations)
         if all(len(answer) <= MAX_ANSWER_LENGTH for answer in answers) or rng.random() < 0.05:
             return Task(kind, question, tuple(operations), tuple(answers))
 
 
-def draw_tasks(seed: int, exclude: set[tuple[Operation, ...]] | None = None) -> Iterator[Task]:
+def draw_tasks(
+    seed: int, shares: dict[str, float] = KIND_SHARES, exclude: Set[tuple[Operation, ...]] = frozenset()
+) -> Iterator[Task]:
     """An endless stream of tasks; no question asks for the operations of an excluded task."""
     rng = random.Random(seed)
     while True:
-        task = draw_task(rng)
-        if exclude is None or task.operations not in exclude:
+        task = draw_task(rng, shares)
+        if task.operations not in exclude:
             yield task
 
 
@@ -264,13 +252,20 @@ def reference_turns(task: Task) -> list[Turn]:
         operands = [
             [results[x.index] if isinstance(x, ResultOf) else str(x) for x in (op.a, op.b)] for op in group
         ]
-        calls = "\n".join(tool_call_text(op.tool, *values) for op, values in zip(group, operands, strict=True))
+        calls = "\n".join(
+            tool_call_text(op.tool, *values) for op, values in zip(group, operands, strict=True)
+        )
         thought = ""
         if not turns:
             steps = [_THOUGHTS[op.tool].format(*values) for op, values in zip(group, operands, strict=True)]
             thought = f"<think>\n{', '.join(steps)}\n</think>\n\n"
         tool_messages = tuple(
-            {"role": "tool", "name": op.tool, "tool_call_id": f"call_{done + i}", "content": results[done + i]}
+            {
+                "role": "tool",
+                "name": op.tool,
+                "tool_call_id": f"call_{done + i}",
+                "content": results[done + i],
+            }
             for i, op in enumerate(group)
         )
         turns.append(Turn(thought + calls, tool_messages))

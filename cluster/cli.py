@@ -1,0 +1,332 @@
+"""The command line: `rollout up|status|down|run|show|check|demo`.
+
+Invariant: a failure is one clear message on standard error and exit code 1; Ctrl-C ends with 130, keeps what has
+finished, and leaves no process of ours behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster import state
+from rollout.errors import RolloutError
+from rollout.tasks import read_tasks
+from rollout.trajectory_file import FILE_NAME, read_trajectories
+
+app = typer.Typer(
+    name="rollout",
+    help="One YAML file becomes a Ray cluster that turns tasks into training-ready trajectories.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+HOME = Path(__file__).resolve().parent.parent
+"""The repository, where the demo's files are."""
+
+Config = Annotated[Path, typer.Argument(help="The cluster's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field, e.g. --set engine.vllm.tensor_parallel_size=4."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def main() -> None:
+    """Entry point of the `rollout` command."""
+    # SIGTERM ends like Ctrl-C, so that a supervisor's stop cleans up too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted", style="yellow")
+        code = 130
+    except RolloutError as error:
+        err.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        code = 1
+    sys.exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def up(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Start a cluster and leave it running."""
+    from cluster import launch
+
+    loaded = _load(config, overrides)
+    with _steps() as report:
+        started = launch.up(loaded, config, report)
+    if as_json:
+        out.print_json(data={"name": started.name, "address": started.address, "logs": started.log_file})
+    else:
+        out.print(f"cluster [bold]{started.name}[/bold] is up; Ray at {started.address}", highlight=False)
+        hints = (
+            f"roll out:  rollout run {config} --tasks FILE.jsonl --out DIR\nstop it:   rollout down {started.name}"
+        )
+        out.print(hints, style="dim", highlight=False)
+
+
+@app.command()
+def down(
+    name: Annotated[str | None, typer.Argument(help="The cluster's name; not needed where there is one.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Stop all clusters that `up` started.")] = False,
+) -> None:
+    """Stop what `up` started, and nothing else on the machine."""
+    from cluster import launch
+
+    known = state.load_all()
+    if not known:
+        err.print("no cluster is known; nothing to stop")
+        return
+    chosen = known if every else [_one(known, name)]
+    for cluster in chosen:
+        with _steps() as report:
+            ended = launch.down(cluster, report)
+        err.print(f"cluster [bold]{cluster.name}[/bold] is down, {ended} processes ended", highlight=False)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Show the known clusters: runs, workers, engines."""
+    found = [_status_of(cluster) for cluster in state.load_all()]
+    if as_json:
+        out.print_json(data=found, default=str)
+        return
+    if not found:
+        out.print("no cluster is known; start one with `rollout up CONFIG`")
+    for cluster in found:
+        _print_status(cluster)
+
+
+@app.command()
+def run(
+    config: Config,
+    tasks: Annotated[Path, typer.Option("--tasks", help="Task file, one JSON object a line.")],
+    directory: Annotated[Path, typer.Option("--out", help="Directory for the trajectories.")],
+    group_size: Annotated[int | None, typer.Option(min=1, max=1024, help="Sessions of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first tasks of the file.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the directory holds.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Roll out a task file: on the config's cluster if it is up, else on one that lives as long as this command."""
+    loaded_tasks = read_tasks(tasks)[:limit]
+    loaded = _load(config, overrides)
+    _run(loaded, config, loaded_tasks, directory, group_size, overwrite, as_json)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A trajectory file, or the directory of a run.")],
+    trajectory: Annotated[str | None, typer.Option(help="Id of one, or an ending of it that is unique.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="One line for each trajectory.")] = False,
+    model: Annotated[str | None, typer.Option(help="Whose tokenizer to use; the run's if not given.")] = None,
+    full: Annotated[bool, typer.Option(help="Do not shorten the prompt.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a conversation with its tokens coloured by mask, its tool calls and timing."""
+    from cluster.show import as_json as to_json
+    from cluster.show import find, list_trajectories, show_trajectory
+
+    table, info = read_trajectories(path)
+    if listing:
+        out.print(list_trajectories(table))
+        return
+    segments = find(table, trajectory)
+    if as_json:
+        out.print_json(to_json(segments))
+    else:
+        out.print(show_trajectory(segments, _decoder(model or info.get("model")), full=full))
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Prove a config as far as that is possible without starting it."""
+    from cluster.check import check_config
+
+    with _steps() as report:
+        report("asking vLLM about the engine's arguments")
+        loaded = _load(config, overrides)
+        report("loading environment and renderer")
+        findings = check_config(loaded)
+    if as_json:
+        out.print_json(data=[{"what": f.what, "ok": f.ok, "detail": f.detail} for f in findings])
+    else:
+        for finding in findings:
+            mark = "[green]ok[/green]   " if finding.ok else "[red]wrong[/red]"
+            out.print(f"{mark} {finding.what}: {escape(finding.detail)}", highlight=False, soft_wrap=True)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Option(help="The demo cluster's YAML file.")] = HOME / "configs" / "demo.yaml",
+    directory: Annotated[Path, typer.Option("--out", help="Directory for the trajectories.")] = Path("out/demo"),
+    tasks: Annotated[Path, typer.Option(help="Task file.")] = HOME / "examples" / "calculator" / "tasks.jsonl",
+    limit: Annotated[int, typer.Option(min=1, help="How many tasks.")] = 64,
+    group_size: Annotated[int, typer.Option(min=1, max=1024, help="Sessions of each task.")] = 8,
+) -> None:
+    """The whole thing once: start the demo cluster, roll out calculator tasks, look at them, stop everything."""
+    if not config.exists():
+        raise RolloutError(f"{config} does not exist: the demo needs a checkout of the repository")
+    loaded_tasks = read_tasks(tasks)[:limit]
+    _run(_load(config, None), config, loaded_tasks, directory, group_size, overwrite=True, as_json=False, look=True)
+
+
+def _run(
+    config: Any,
+    path: Path,
+    tasks: list[Any],
+    directory: Path,
+    group_size: int | None,
+    overwrite: bool,
+    as_json: bool,
+    look: bool = False,
+) -> None:
+    from cluster import launch
+    from cluster.job import run_tasks
+    from cluster.progress import closing_table, job_progress
+
+    if config.environment is None:
+        raise RolloutError(f"{path}: environment: is missing; name one as `environment: {{path: module:Class}}`")
+    if (directory / FILE_NAME).exists() and not overwrite:
+        raise RolloutError(f"{directory} already holds trajectories; choose another directory or --overwrite")
+    cluster = state.load(config.name)
+    ours = cluster is None or not launch.is_alive(cluster)
+    try:
+        if ours:
+            with _steps() as report:
+                cluster = launch.up(config, path, report)
+        assert cluster is not None
+        with launch.connected(cluster), job_progress(err) as on_progress:
+            result = run_tasks(
+                config, tasks, directory, group_size=group_size, overwrite=overwrite, on_progress=on_progress
+            )
+    finally:
+        if ours and (left := state.load(config.name)) is not None:
+            with _steps() as report:
+                report("stopping the cluster")
+                launch.down(left, report)
+    if as_json:
+        out.print_json(data=result.summary())
+    else:
+        table, info = read_trajectories(result.path)
+        if look and table.num_rows:
+            from cluster.show import find, show_trajectory
+
+            out.print(show_trajectory(find(table, None), _decoder(info.get("model"))))
+        out.print(closing_table(result, table))
+        if look:
+            out.print(f"[dim]look at others:  rollout show {result.path} --list[/dim]", highlight=False)
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from cluster.config_file import load_config
+
+    return load_config(path, overrides or ())
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    from cluster.progress import steps
+
+    with steps(err) as report:
+        yield report
+
+
+def _one(known: list[state.ClusterState], name: str | None) -> state.ClusterState:
+    names = ", ".join(cluster.name for cluster in known)
+    if name is None:
+        if len(known) == 1:
+            return known[0]
+        raise RolloutError(f"several clusters are known ({names}): name one, or give --all")
+    for cluster in known:
+        if cluster.name == name:
+            return cluster
+    raise RolloutError(f"no cluster is called {name!r}; known are: {names}")
+
+
+def _decoder(model: str | None) -> Callable[[list[int]], str] | None:
+    """The tokenizer of a local model directory; None, with a word, where there is none."""
+    if model is None or not os.path.isdir(model):
+        err.print("[dim]no tokenizer at hand: token ids are shown (give --model DIR)[/dim]")
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _status_of(cluster: state.ClusterState) -> dict[str, Any]:
+    from cluster import launch
+
+    base: dict[str, Any] = {
+        "name": cluster.name, "address": cluster.address, "config": cluster.config_path, "logs": cluster.log_file,
+        "alive": launch.is_alive(cluster),
+    }  # fmt: skip
+    if not base["alive"]:
+        return base
+    import ray
+
+    with launch.connected(cluster):
+        try:
+            told = ray.get(launch.controller().status.remote(), timeout=10)
+        except (RolloutError, ray.exceptions.RayError, TimeoutError) as error:
+            return {**base, "error": str(error).splitlines()[0]}
+    return {**base, **json.loads(json.dumps(told, default=vars))}
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    alive = "[green]up[/green]" if found["alive"] else "[red]dead[/red], `rollout down` forgets it"
+    line = f"[bold]{found['name']}[/bold] {alive}  Ray {found['address']}  config {found['config']}"
+    out.print(line, highlight=False)
+    if "error" in found:
+        out.print(f"  [red]{escape(found['error'])}[/red]")
+    if not (engine := found.get("engine")):
+        return
+    out.print(
+        f"  engine {engine['model']}  TP={engine['tensor_parallel_size']}  context {engine['max_model_len']}  "
+        f"weights {engine['version']}", highlight=False,
+    )  # fmt: skip
+    view = Table(box=None, header_style="dim", padding=(0, 2))
+    for name in ("worker", "sessions", "loop lag p99", "memory", "replicas (in flight)"):
+        view.add_column(name)
+    for worker in found["workers"]:
+        replicas = ", ".join(f"{name} ({n})" for name, n in worker["replicas"].items())
+        view.add_row(
+            worker["worker_id"], str(worker["sessions"]), f"{1000 * worker['loop_lag_p99_s']:.0f} ms",
+            f"{worker['rss_mb']:.0f} MB", replicas,
+        )  # fmt: skip
+    out.print(view)
+    for name, progress in found["runs"].items():
+        counts = progress["counts"]
+        states = ", ".join(f"{counts[key]} {key}" for key in ("done", "running", "queued"))
+        out.print(f"  {name}  {counts['total']} sessions: {states}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
