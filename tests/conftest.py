@@ -1,0 +1,35 @@
+"""Fixtures for all tests. The suite never touches the network, and keeps its state files to itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "calculator" / "model"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Clusters of the tests are not the user's clusters."""
+    before = os.environ.get("ROLLOUT_STATE_DIR")
+    os.environ["ROLLOUT_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    if before is None:
+        del os.environ["ROLLOUT_STATE_DIR"]
+    else:
+        os.environ["ROLLOUT_STATE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """The demo model's renderer, chosen as `auto` chooses it."""
+    from rollout.rendering import load_renderer
+
+    return load_renderer(str(MODEL))
