@@ -25,7 +25,7 @@ from rollout.record import to_table
 from rollout.rendering import load_renderer
 from rollout.session import Session
 from rollout.tool_calls import abandoned_threads
-from rollout.trajectory import Trajectory
+from rollout.trajectory import SessionKey, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class SessionWorker:
         self._id = worker_id
         self._settings = settings
         self._chat = load_renderer(settings.model, settings.renderer, settings.renderer_options, settings.revision)
+        self._chat.warm_up()
+        # The first table loads pandas (a second): not on the event loop, with sessions waiting.
+        to_table([Trajectory(SessionKey("", "", "", 0), [], "stop", [])])
         self._mcp = McpServers(settings.mcp_servers)
         self._engine: EngineClient | None = None
         self._environments: dict[tuple[str, str], EnvironmentFactory] = {}

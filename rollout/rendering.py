@@ -11,8 +11,11 @@ Imports of `renderers` and `transformers` happen inside functions: a trainer ins
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
+from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rollout.errors import RenderError
+from rollout.fast_tokenizer import FastTokenizer
 from rollout.tasks import Message
 from rollout.tool_calls import ToolCall
 
@@ -80,6 +84,9 @@ class ParsedTurn:
 # this is some 3 ms; below it a hop to a thread costs more than it saves.
 OFFLOAD_SIZE = 8_192
 
+# The n sessions of a group open with the same prompt, at about the same time.
+REMEMBERED_OPENINGS = 256
+
 T = TypeVar("T")
 
 
@@ -92,6 +99,7 @@ class ChatRenderer:
         self.name = name
         self.stop_token_ids: list[int] = list(renderer.get_stop_token_ids())
         """Tokens that end a turn of this model."""
+        self._openings: OrderedDict[str, array[int]] = OrderedDict()
         self._twin: ChatRenderer | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -119,6 +127,26 @@ class ChatRenderer:
             return self._renderer.render_ids(list(messages), tools=tools or None, add_generation_prompt=True)
         except Exception as error:
             raise RenderError(f"{self.name} cannot render the conversation: {error}") from error
+
+    def open(self, messages: Sequence[Message], tools: ToolSpecs) -> list[int]:
+        """`render` for the opening of a session, remembered: a group renders its task once. Raises RenderError."""
+        key = json.dumps([list(messages), tools], sort_keys=True, default=str)
+        known = self._openings.pop(key, None)
+        if known is None:
+            known = array("i", self.render(messages, tools))
+            if len(self._openings) >= REMEMBERED_OPENINGS:
+                self._openings.popitem(last=False)
+        self._openings[key] = known
+        return known.tolist()
+
+    def warm_up(self) -> None:
+        """Go once through everything that loads or compiles at first use (about a second)."""
+        for messages, tools in PROBES:
+            with contextlib.suppress(RenderError):
+                prompt = self.render(messages, tools)
+                completion = self.tokenizer.encode("<tool_call>", add_special_tokens=False)
+                self.parse(completion, prompt, tools, 0)
+                self.extend(prompt, completion, [{"role": "tool", "content": "1", "name": "probe"}], tools)
 
     def extend(
         self,
@@ -212,6 +240,9 @@ def build_renderer(tokenizer: Any, name: str, options: dict[str, Any] | None = N
 
     try:
         config = TypeAdapter(RendererConfig).validate_python({"name": name, **(options or {})})
+        # The default renderer is the chat template itself, which is transformers'.
+        if name != "default" and FastTokenizer.has_backend(tokenizer):
+            tokenizer = FastTokenizer(tokenizer)
         return ChatRenderer(create_renderer(tokenizer, config), tokenizer, name)
     except Exception as error:
         raise RenderError(f"renderer {name!r} cannot be used: {error}") from error

@@ -182,7 +182,8 @@ class Session:
         if prompt is not None:
             self._messages.append({"role": "system", "content": prompt})
         self._messages.extend(self.task.messages)
-        self._ledger.open(await self._render())
+        size = sum(len(str(message.get("content"))) for message in self._messages)
+        self._ledger.open(await self._chat.run(size, lambda chat: chat.open(self._messages, self._specs)))
 
     async def _generate(self) -> tuple[Generation, StopReason]:
         """One generation, and the ending that it means if its length is what stopped it."""
