@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--lines", nargs="+", choices=[line.name for line in LINES], default=None)
     parser.add_argument("--json", type=Path, default=None, help="write the JSON here instead of printing it")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave by the finally blocks that stop the server
     outcome = run_peers(
         options.model,
         tensor_parallel_size=options.tp,

@@ -171,7 +171,7 @@ class Rig:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
@@ -209,7 +209,7 @@ async def test_connecting_learns_what_the_engine_is():
     client = EngineClient(handle, worker_id="w", sticky_margin=4)
     with pytest.raises(RuntimeError, match="connect"):
         _ = client.max_model_len
-    with pytest.raises(EngineTimeout, match="no engine replica became ready within 0.02 s"):
+    with pytest.raises(EngineTimeout, match=r"no engine replica became ready within 0\.02 s"):
         await client.connect(0.02)
     handle.ready.set()
     assert await client.connect(5) == INFO
@@ -325,7 +325,7 @@ async def test_giving_up_stops_the_engine(start: Any):
 async def test_no_answer_in_time_is_a_timeout_and_stops_the_engine(start: Any):
     rig = await start("a")
     rig["a"].behave = lambda request: None
-    with pytest.raises(EngineTimeout, match="no answer within 0.05 s"):
+    with pytest.raises(EngineTimeout, match=r"no answer within 0\.05 s"):
         await rig.generate(timeout=0.05)
     await until(lambda: rig["a"].cancelled == ["worker-7-0"])
     assert rig.client.resends == 0
@@ -438,7 +438,7 @@ async def test_a_turn_waits_for_a_replica(start: Any, monkeypatch: pytest.Monkey
 async def test_without_a_replica_a_turn_ends_at_its_deadline(start: Any):
     rig = await start(listed=[])
     started = asyncio.get_running_loop().time()
-    with pytest.raises(EngineTimeout, match="no answer within 0.06 s"):
+    with pytest.raises(EngineTimeout, match=r"no answer within 0\.06 s"):
         await rig.generate(timeout=0.06)
     assert 0.06 <= asyncio.get_running_loop().time() - started < 3
 
@@ -462,7 +462,7 @@ async def test_the_deadline_is_of_the_whole_turn_resends_included(start: Any):
     await until(lambda: rig["a"].requests)
     await asyncio.sleep(0.08)
     rig["a"].die()
-    with pytest.raises(EngineTimeout, match=r"no answer within 0.15 s"):
+    with pytest.raises(EngineTimeout, match=r"no answer within 0\.15 s"):
         await turn
     assert rig.served() == {"a": 1, "b": 1}
     assert 0.15 <= asyncio.get_running_loop().time() - started < 3

@@ -84,7 +84,7 @@ def request(request_id: str) -> GenerateRequest:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
@@ -247,8 +247,8 @@ async def test_an_answered_call_is_not_cancelled(lane: Lane, remote: FakeRemote)
 
 @pytest.mark.xfail(
     strict=True,
-    reason="lanes.py _flush starts every _send as a task of its own, so that a cancel overtakes a submit that is still "
-    "under way; the replica finds nothing to cancel and generates for nobody (up to max_tokens)",
+    reason="lanes.py _flush starts every _send as a task of its own, so that a cancel overtakes a submit that is "
+    "still under way; the replica finds nothing to cancel and generates for nobody (up to max_tokens)",
 )
 async def test_a_cancel_does_not_overtake_its_submit(lane: Lane, remote: FakeRemote):
     taken = asyncio.Event()
@@ -363,7 +363,7 @@ async def test_closing_fails_what_is_held_and_stops_listening(lane: Lane, remote
     lane.close("scaled down")
     lane.close("again")
     for task in (sent, unsent):
-        with pytest.raises(LaneBroken, match="^scaled down$"):
+        with pytest.raises(LaneBroken, match=r"^scaled down$"):
             await task
     await until(lambda: not remote.listening)
     await settle()

@@ -18,8 +18,6 @@ from rollout.record import to_table
 from rollout.tool_calls import ToolCallRecord
 from rollout.trajectory import SessionKey, Timing, Trajectory
 
-Console_ = Console
-
 
 def two_turns(fork_reason: str | None = None, version: int = 0) -> Segment:
     """Sampled 10 11, then a tool's 20 21 22, then sampled 12."""
@@ -69,7 +67,9 @@ def table() -> pa.Table:
     return to_table(
         [
             trajectory("a", 0, reward=1.0),
-            trajectory("a", 1, reward=None, stop_reason="error", error="engine: it broke", segments=[], tool_calls=[]),
+            trajectory(
+                "a", 1, reward=None, stop_reason="error", error="engine: it broke", segments=[], tool_calls=[]
+            ),
             trajectory("b", 0, reward=-0.25),
         ]
     )
@@ -125,7 +125,7 @@ def test_an_id_that_means_none_or_several_is_refused(table: pa.Table, given: str
 
 def test_a_whole_id_wins_over_endings():
     # "a/0" is both an id and an ending of another one.
-    clash = to_table([trajectory("a"), trajectory("a")]).set_column(
+    clash = to_table([trajectory("a"), trajectory("b")]).set_column(
         3, "trajectory_id", pa.array(["run/a/0", "a/0"], pa.string())
     )
     assert [row["trajectory_id"] for row in find(clash, "a/0")] == ["a/0"]
@@ -162,8 +162,11 @@ def test_without_an_id_there_is_one_to_show_however_low_the_rewards():
 # Showing one
 
 
+VOCABULARY = {1: "<u>", 2: "Compute", 3: "</u>", 10: "call", 11: "!", 20: "[", 21: "3", 22: "]", 12: "three"}
+
+
 def decode(ids: list[int]) -> str:
-    return "".join({1: "<u>", 2: "Compute", 3: "</u>", 10: "call", 11: "!", 20: "[", 21: "3", 22: "]", 12: "three"}[i] for i in ids)
+    return "".join(VOCABULARY[i] for i in ids)
 
 
 def test_a_conversation_with_its_calls_and_timing(table: pa.Table):
@@ -185,7 +188,6 @@ def test_without_a_tokenizer_ids_are_shown(table: pa.Table):
 
 def test_what_was_sampled_and_only_that_is_coloured_as_sampled(table: pa.Table):
     panel = show_trajectory(find(table, "a/0"), decode)
-    console = Console(width=160)
     styled: dict[str, set[str]] = {SAMPLED: set(), OBSERVED: set()}
 
     def walk(item: Any) -> None:
@@ -206,7 +208,6 @@ def test_what_was_sampled_and_only_that_is_coloured_as_sampled(table: pa.Table):
     legend = {"sampled, trained on (mask 1)", "seen, not trained on (mask 0)"}
     assert styled[SAMPLED] - legend == {"call!", "three"}
     assert styled[OBSERVED] - legend == {"<u>Compute</u>", "[3]"}
-    assert console is not None
 
 
 def test_tokens_of_a_turn_are_decoded_together(table: pa.Table):
@@ -224,9 +225,12 @@ def test_forks_attempts_versions_and_errors_are_told():
     rows = to_table(
         [
             trajectory(
-                "a", segments=[two_turns(), two_turns("history was rewritten", version=7)], attempts=3,
-                stop_reason="error", error="engine_died: [all] of them",
-            )  # fmt: skip
+                "a",
+                segments=[two_turns(), two_turns("history was rewritten", version=7)],
+                attempts=3,
+                stop_reason="error",
+                error="engine_died: [all] of them",
+            )
         ]
     )
     text = words(render(show_trajectory(find(rows, None))))
@@ -249,10 +253,8 @@ def test_calls_stand_at_the_turn_that_made_them():
         {"role": "assistant", "content": "done"},
     ]
     calls = [ToolCallRecord("first", True, 0.001), ToolCallRecord("second", False, 0.003, "timeout: too slow")]
-    (line,) = [
-        line
-        for line in [words(render(show_trajectory(find(to_table([trajectory("a", messages=messages, tool_calls=calls)]), None))))]
-    ]
+    rows = to_table([trajectory("a", messages=messages, tool_calls=calls)])
+    line = words(render(show_trajectory(find(rows, None))))
     assert "assistant 10 11 -0.75 2 tokens, 0.500 s first ok, 1.0 ms second timeout: too slow, 3.0 ms tool 20" in line
 
 

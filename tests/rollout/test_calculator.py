@@ -136,7 +136,15 @@ def test_a_zero_with_a_huge_exponent_costs_nothing(name: str, zero: str):
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [("229", "229"), ("0.50", "0.5"), ("-3.000", "-3"), ("1E+3", "1000"), ("-0.0", "0"), ("0E-10", "0"), ("100", "100")],
+    [
+        ("229", "229"),
+        ("0.50", "0.5"),
+        ("-3.000", "-3"),
+        ("1E+3", "1000"),
+        ("-0.0", "0"),
+        ("0E-10", "0"),
+        ("100", "100"),
+    ],
 )
 def test_plain_numbers(number: str, text: str):
     assert to_plain(Decimal(number)) == text

@@ -13,7 +13,7 @@ from rollout.tasks import Task
 from rollout.tool_calls import ToolCall, ToolCallRecord, ToolSet
 from rollout.tools import tool
 
-SOURCE = '''
+SOURCE = """
 from rollout.environment import Environment
 
 class Plain(Environment):
@@ -30,7 +30,7 @@ def wrong():
     return 5
 
 number = 7
-'''
+"""
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_is_no_import_path(path: str):
 
 
 def test_what_is_missing_is_named(playground: str):
-    with pytest.raises(EnvironmentError_, match="cannot import 'no_such_module_here' .* listed under `pythonpath`"):
+    with pytest.raises(EnvironmentError_, match=r"cannot import 'no_such_module_here' .* listed under `pythonpath`"):
         load_environment("no_such_module_here:X")
     with pytest.raises(EnvironmentError_, match="module 'playground_for_tests' has no 'Nothing'"):
         load_environment(f"{playground}:Nothing")
@@ -96,14 +96,14 @@ def test_a_function_that_makes_something_else(playground: str):
 
 def test_an_import_that_fails_inside_the_module_is_named(module: Any):
     module("half_installed_env", "import package_that_is_not_there")
-    with pytest.raises(EnvironmentError_, match="cannot import 'half_installed_env' .*package_that_is_not_there"):
+    with pytest.raises(EnvironmentError_, match=r"cannot import 'half_installed_env' .*package_that_is_not_there"):
         load_environment("half_installed_env:X")
 
 
 @pytest.mark.xfail(
     strict=True,
-    reason="environment.py load_environment catches ImportError alone; anything else that a module raises while it is "
-    "imported escapes, and in actors/worker.py _play, which catches RolloutError, the session is then never collected",
+    reason="environment.py load_environment catches ImportError alone; anything else that a module raises while it "
+    "is imported escapes, and in actors/worker.py _play, which catches RolloutError, the session is never collected",
 )
 @pytest.mark.parametrize("source", ["def broken(:", "1 / 0", "open('/no/such/file')", "raise SystemExit(1)"])
 def test_a_module_that_fails_while_it_is_imported_is_named(module: Any, source: str):

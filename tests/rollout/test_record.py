@@ -206,7 +206,7 @@ def test_segments_of_a_trajectory_must_be_complete(rows: list[int]):
 
 @pytest.mark.xfail(
     strict=True,
-    reason="record.py _require_tokens: comparisons with null are null, and pc.all skips nulls, so that null tokens pass",
+    reason="record.py _require_tokens: comparisons with null are null, and pc.all skips nulls, so null tokens pass",
 )
 @pytest.mark.parametrize("name", ["response_mask", "logprobs", "policy_versions"])
 def test_a_null_token_is_refused(name: str):

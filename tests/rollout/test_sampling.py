@@ -30,9 +30,9 @@ def test_what_differs_from_the_defaults_reaches_vllm():
         frequency_penalty=-0.5, repetition_penalty=1.1,
     )  # fmt: skip
     assert sampling.to_vllm() == {
-        "temperature": 0.0, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "max_tokens": 7, "min_tokens": 2, "stop": ["END"],
-        "stop_token_ids": [5], "ignore_eos": True, "logit_bias": {3: -100.0}, "allowed_token_ids": [1, 2],
-        "bad_words": ["no"], "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
+        "temperature": 0.0, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "max_tokens": 7, "min_tokens": 2,
+        "stop": ["END"], "stop_token_ids": [5], "ignore_eos": True, "logit_bias": {3: -100.0},
+        "allowed_token_ids": [1, 2], "bad_words": ["no"], "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
     }  # fmt: skip
 
 
@@ -110,9 +110,7 @@ def test_a_turn_seed_is_the_same_in_every_process():
 
 
 def test_seeds_differ_by_base_sample_and_turn():
-    seeds = {
-        turn_seed(base, f"task/{sample}", turn) for base in range(4) for sample in range(8) for turn in range(8)
-    }
+    seeds = {turn_seed(base, f"task/{sample}", turn) for base in range(4) for sample in range(8) for turn in range(8)}
     assert len(seeds) == 4 * 8 * 8
 
 

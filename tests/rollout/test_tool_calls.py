@@ -174,7 +174,7 @@ async def test_a_tools_own_timeout_is_its_exception():
 
 @pytest.mark.xfail(
     strict=True,
-    reason="tool_calls.py _validated: json.loads raises RecursionError for deeply nested text, which is no ValueError",
+    reason="tool_calls.py _validated: json.loads raises RecursionError for deeply nested text, no ValueError",
 )
 async def test_json_that_is_nested_too_deep():
     assert (await run("add", "[" * 100_000)).outcome == "invalid_arguments"
@@ -182,8 +182,8 @@ async def test_json_that_is_nested_too_deep():
 
 @pytest.mark.xfail(
     strict=True,
-    reason="tool_calls.py call: to_text is guarded by `except (TypeError, ValueError)`; RecursionError (deep value) and "
-    "whatever a value's __str__ raises reach the session",
+    reason="tool_calls.py call: to_text is guarded by `except (TypeError, ValueError)`; RecursionError (deep value) "
+    "and whatever a value's __str__ raises reach the session",
 )
 @pytest.mark.parametrize("kind", ["deep", "angry"])
 async def test_a_result_that_cannot_be_written(kind: str):
@@ -221,7 +221,8 @@ async def test_a_tool_that_calls_exit_ends_nothing_else():
 
 
 @pytest.mark.xfail(
-    strict=True, reason="tool_calls.py run_anywhere: a CancelledError that a tool raises by itself looks like a cancel"
+    strict=True,
+    reason="tool_calls.py run_anywhere: a CancelledError that a tool raises by itself looks like a cancel",
 )
 async def test_a_tool_that_raises_cancelled_by_itself_has_failed():
     async def lost() -> str:
@@ -349,7 +350,7 @@ def gate() -> Iterator[threading.Event]:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

@@ -172,7 +172,7 @@ def test_a_default_is_shown_as_it_is():
 
 @pytest.mark.xfail(
     strict=True,
-    reason="tools.py _make_tool passes description=None, which overrides the one in Annotated[..., Field(description)]",
+    reason="tools.py _make_tool passes description=None, which overrides that of Annotated[..., Field(description)]",
 )
 def test_a_description_in_the_annotation_is_shown():
     @tool
