@@ -221,6 +221,14 @@ def test_tokens_of_a_turn_are_decoded_together(table: pa.Table):
     assert asked == [[1, 2, 3], [10, 11], [20, 21, 22], [12]]
 
 
+def test_tokens_of_different_masks_are_apart_even_within_a_turn():
+    segment = two_turns()
+    segment.turns = [TurnSpan("assistant", 0, 6, 0.5)]
+    asked: list[list[int]] = []
+    show_trajectory(find(to_table([trajectory("a", segments=[segment])]), None), lambda ids: str(asked.append(ids)))
+    assert asked == [[1, 2, 3], [10, 11], [20, 21, 22], [12]]
+
+
 def test_forks_attempts_versions_and_errors_are_told():
     rows = to_table(
         [

@@ -32,7 +32,8 @@ def test_what_differs_from_the_defaults_reaches_vllm():
     assert sampling.to_vllm() == {
         "temperature": 0.0, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "max_tokens": 7, "min_tokens": 2,
         "stop": ["END"], "stop_token_ids": [5], "ignore_eos": True, "logit_bias": {3: -100.0},
-        "allowed_token_ids": [1, 2], "bad_words": ["no"], "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
+        "allowed_token_ids": [1, 2], "bad_words": ["no"],
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
     }  # fmt: skip
 
 
