@@ -199,7 +199,7 @@ class Controller:
         ray.kill(self._workers.pop(name), no_restart=True)
         self._stats.pop(name, None)
         for assignment in self._scheduler.worker_lost(name):
-            lost = WorkerDied(f"{assignment.attempt} session workers died over this session")
+            lost = WorkerDied(f"session workers died over this session {assignment.attempt} times")
             self._deliver(self._runs[assignment.key.run], [_unplayed(assignment, "error", lost)])
         self._dispatch()
         while not self._stopping:

@@ -77,6 +77,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._serial = itertools.count()
         self._info: EngineInfo | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.resends = 0
         """Turns sent again because their replica died."""
 
@@ -88,11 +89,8 @@ class EngineClient:
         except TimeoutError:
             raise EngineTimeout(f"no engine replica became ready within {timeout:g} s") from None
         self._info = info
-        loop = asyncio.get_running_loop()
-        # The board calls from the router's thread.
-        BOARD.subscribe(
-            self._handle.deployment_name, lambda names: loop.call_soon_threadsafe(self._on_replicas, names)
-        )
+        self._loop = asyncio.get_running_loop()
+        BOARD.subscribe(self._handle.deployment_name, self._hear)
         return info
 
     @property
@@ -143,6 +141,7 @@ class EngineClient:
 
     def close(self) -> None:
         """Close all lanes."""
+        BOARD.unsubscribe(self._handle.deployment_name, self._hear)
         for lane in self._lanes.values():
             lane.close("the worker is closing")
 
@@ -163,6 +162,11 @@ class EngineClient:
                     await self._changed.wait()
             except TimeoutError:
                 continue
+
+    def _hear(self, names: frozenset[str]) -> None:
+        # The board calls from the router's thread.
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._on_replicas, names)
 
     def _on_replicas(self, names: frozenset[str]) -> None:
         for name in list(self._lanes):

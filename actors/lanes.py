@@ -72,6 +72,8 @@ class Lane:
         self._cancels: list[str] = []
         self._flush_due: asyncio.TimerHandle | None = None
         self._calls: set[asyncio.Task[None]] = set()
+        # One message after the other: a cancel that overtook its submit would find nothing to cancel.
+        self._sending = asyncio.Lock()
         self._receiver = asyncio.get_running_loop().create_task(self._receive())
 
     @property
@@ -134,7 +136,7 @@ class Lane:
 
     async def _send(self, requests: list[GenerateRequest], cancels: list[str]) -> None:
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(CALL_TIMEOUT_S), self._sending:
                 if requests:
                     await self._remote.submit(self.lane_id, requests)
                 if cancels:

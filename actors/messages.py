@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from actors.scheduler import Counts
 from rollout.limits import Limits
-from rollout.mcp_tools import McpServerConfig
+from rollout.mcp_config import McpServerConfig
 from rollout.sampling import Sampling
 
 

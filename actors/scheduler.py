@@ -61,17 +61,25 @@ class Scheduler:
         self._queue: deque[str] = deque()
         self._workers: dict[str, _Worker] = {}
         self._counts: dict[str, Counts] = {}
+        self._cancelled: set[str] = set()
 
     def submit(self, run: str, tasks: Iterable[Task], group_size: int) -> list[SessionKey]:
         """Queue `group_size` samples of each task, group after group. Raises ValueError for a group seen before."""
+        if "/" in run:
+            raise ValueError(f"a run's name is a part of its trajectories' ids and may hold no '/': {run!r}")
+        tasks = list(tasks)
+        # All or nothing: a task that is refused leaves nothing queued.
+        seen: set[str] = set()
+        for task in tasks:
+            if task.task_id in seen or f"{run}/{task.task_id}/0" in self._samples:
+                raise ValueError(f"task_id {task.task_id!r} was already submitted to run {run!r}")
+            seen.add(task.task_id)
         keys = []
         counts = self._counts.setdefault(run, Counts())
         for task in tasks:
             group_id = f"{run}/{task.task_id}"
             for index in range(group_size):
                 key = SessionKey(run, task.task_id, group_id, index)
-                if key.trajectory_id in self._samples:
-                    raise ValueError(f"task_id {task.task_id!r} was already submitted to run {run!r}")
                 self._samples[key.trajectory_id] = _Sample(key, task)
                 self._queue.append(key.trajectory_id)
                 counts.total += 1
@@ -109,7 +117,7 @@ class Scheduler:
         sample = self._samples.get(trajectory_id)
         if sample is None or sample.done or sample.attempt != attempt or sample.worker is None:
             return False
-        if retryable and sample.attempt < self._max_attempts:
+        if retryable and self._may_run_again(sample):
             self._requeue(sample)
             return False
         self._release(sample)
@@ -122,7 +130,7 @@ class Scheduler:
         given_up = []
         for trajectory_id in sorted(gone.running) if gone is not None else ():
             sample = self._samples[trajectory_id]
-            if sample.attempt < self._max_attempts:
+            if self._may_run_again(sample):
                 self._requeue(sample)
             else:
                 self._release(sample)
@@ -131,7 +139,11 @@ class Scheduler:
         return given_up
 
     def cancel_queued(self, run: str) -> list[Assignment]:
-        """Take a run's queued samples out as done. Returns them; running ones are for the workers to cancel."""
+        """Take a run's queued samples out as done. Returns them; running ones are for the workers to cancel.
+
+        From here on no sample of the run starts again, whatever dies under it.
+        """
+        self._cancelled.add(run)
         taken = []
         for trajectory_id in list(self._queue):
             sample = self._samples[trajectory_id]
@@ -159,6 +171,7 @@ class Scheduler:
         for trajectory_id in mine:
             del self._samples[trajectory_id]
         self._counts.pop(run, None)
+        self._cancelled.discard(run)
 
     def run_of(self, trajectory_id: str) -> str:
         """The run of a sample. Raises KeyError for one that was never submitted."""
@@ -180,6 +193,9 @@ class Scheduler:
             assert sample.attempt <= self._max_attempts, f"{trajectory_id} had {sample.attempt} attempts"
         for run, counts in self._counts.items():
             assert counts.total == counts.queued + counts.running + counts.done, f"run {run}: {counts}"
+
+    def _may_run_again(self, sample: _Sample) -> bool:
+        return sample.attempt < self._max_attempts and sample.key.run not in self._cancelled
 
     def _requeue(self, sample: _Sample) -> None:
         self._release(sample)

@@ -19,7 +19,7 @@ from actors.loop_lag import LoopLag
 from actors.messages import Collected, RunSpec, Summary, WorkerSettings, WorkerStats
 from actors.scheduler import Assignment
 from rollout.environment import EnvironmentFactory, load_environment
-from rollout.errors import RolloutError, describe
+from rollout.errors import describe
 from rollout.mcp_tools import McpServers
 from rollout.record import to_table
 from rollout.rendering import load_renderer
@@ -126,7 +126,7 @@ class SessionWorker:
         key = assignment.key
         try:
             trajectory = await self._session(spec, assignment).run()
-        except RolloutError as failure:
+        except Exception as failure:
             # Before there was a session: its environment could not be loaded.
             trajectory = _failed(assignment, failure)
         except asyncio.CancelledError:

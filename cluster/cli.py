@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -52,16 +51,18 @@ def main() -> None:
     # SIGTERM ends like Ctrl-C, so that a supervisor's stop cleans up too.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        err.print("interrupted", style="yellow")
+        app()
+        code: Any = 0
+    except SystemExit as ending:
+        # typer's own: usage errors (shown already), exit codes, and 130 for an interrupt.
+        code = ending.code
+    except KeyboardInterrupt:
         code = 130
     except RolloutError as error:
         err.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = 1
+    if code == 130:
+        err.print("interrupted", style="yellow")
     sys.exit(code)
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from cluster.yaml_places import FieldPath
 from rollout.errors import ConfigError
 from rollout.limits import Limits
-from rollout.mcp_tools import McpServerConfig
+from rollout.mcp_config import McpServerConfig
 from rollout.sampling import Sampling
 
 # The only mode in which a log-probability is of the distribution that was sampled from.

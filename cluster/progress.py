@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from actors.messages import Progress as RunProgress
 from cluster.job import JobResult, OnProgress
@@ -123,7 +124,7 @@ def closing_table(result: JobResult, table: pa.Table) -> Table:
         view.add_row("deaths", f"{counts.retried} attempts repeated, {progress.workers_lost} workers lost")
     lag = max((worker.loop_lag_p99_s for worker in progress.workers), default=0.0)
     view.add_row("event loop lag", f"{1000 * lag:.0f} ms p99")
-    view.add_row("written to", str(result.path))
+    view.add_row("written to", Text(str(result.path)))
     return view
 
 

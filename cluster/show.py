@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -31,19 +32,23 @@ def list_trajectories(table: pa.Table, limit: int = LISTED) -> Table:
     view = Table(box=None, header_style="bold")
     for name in ("trajectory", "reward", "stop", "turns", "tokens", "sampled", "calls", "seconds", "error"):
         view.add_column(name, justify="left" if name in ("trajectory", "stop", "error") else "right", no_wrap=True)
-    rows = table.filter(pa.compute.equal(table["segment_index"], 0)).slice(0, limit)
-    for row in rows.to_pylist():
-        view.add_row(
-            row["trajectory_id"],
-            _number(row["reward"]),
-            row["stop_reason"],
-            str(sum(turn["role"] == "assistant" for turn in row["turns"])),
-            str(len(row["response_ids"])),
-            str(sum(row["response_mask"])),
-            str(len(row["tool_calls"])),
-            f"{row['timing']['total_s']:.2f}",
-            (row["error"] or "")[:60],
+    for trajectory_id in list(dict.fromkeys(table["trajectory_id"].to_pylist()))[:limit]:
+        segments = find(table, trajectory_id)
+        first = segments[0]
+        turns = [turn["role"] for segment in segments for turn in segment["turns"]]
+        cells = (
+            trajectory_id,
+            _number(first["reward"]),
+            first["stop_reason"],
+            str(turns.count("assistant")),
+            str(sum(len(segment["response_ids"]) for segment in segments)),
+            str(sum(sum(segment["response_mask"]) for segment in segments)),
+            str(len(first["tool_calls"])),
+            f"{first['timing']['total_s']:.2f}",
+            (first["error"] or "")[:60],
         )
+        # As Text: ids and errors may hold brackets, which are no markup.
+        view.add_row(*map(Text, cells))
     return view
 
 
@@ -63,15 +68,15 @@ def find(table: pa.Table, trajectory_id: str | None) -> list[dict[str, Any]]:
             what = "no trajectory" if not matches else f"{len(matches)} trajectories"
             raise RecordError(f"{what} of {len(set(ids))} match {trajectory_id!r}; see `rollout show FILE --list`")
         trajectory_id = matches[0]
-    rows = table.filter(pa.compute.equal(table["trajectory_id"], trajectory_id)).to_pylist()
+    rows = table.filter(pc.equal(table["trajectory_id"], trajectory_id)).to_pylist()
     return sorted(rows, key=lambda row: row["segment_index"])
 
 
 def _most_telling(table: pa.Table) -> str:
     """One with many turns and calls that came out well: what a newcomer wants to see first."""
-    best, score = "", (-1.0, -1, -1)
+    best, score = "", (float("-inf"), -1, -1)
     for row in table.select(["trajectory_id", "reward", "turns", "tool_calls"]).slice(0, 512).to_pylist():
-        this = (row["reward"] or 0.0, len(row["turns"]), len(row["tool_calls"]))
+        this = (0.0 if row["reward"] is None else row["reward"], len(row["turns"]), len(row["tool_calls"]))
         if this > score:
             best, score = row["trajectory_id"], this
     return best
@@ -93,7 +98,7 @@ def show_trajectory(
         ("sampled, trained on (mask 1)", SAMPLED), "   ", ("seen, not trained on (mask 0)", OBSERVED)
     )
     parts.append(legend)
-    return Panel(Group(*parts), title=first["trajectory_id"], border_style="cyan", padding=(0, 1))
+    return Panel(Group(*parts), title=Text(first["trajectory_id"]), border_style="cyan", padding=(0, 1))
 
 
 def _headline(row: dict[str, Any]) -> Text:
@@ -133,7 +138,7 @@ def _tokens(segment: dict[str, Any], decode: Decode, calls: Any, full: bool) -> 
             if versions != [0]:
                 notes.append(f"weights {', '.join(map(str, versions))}")
             notes += [_call(call) for call in next(calls, [])]
-        view.add_row(turn["role"], _coloured(segment, start, end, decode), mean, "\n".join(notes))
+        view.add_row(Text(turn["role"]), _coloured(segment, start, end, decode), mean, Text("\n".join(notes)))
     return view
 
 

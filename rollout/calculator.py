@@ -1,7 +1,8 @@
 """Calculator tools with exact arithmetic: what the demo's model calls, and a ready example of tools.
 
-Numbers are decimals of any size up to MAX_DIGITS digits. Sums, differences and products are exact; a quotient
-that does not terminate is rounded to QUOTIENT_DIGITS significant digits. Nothing is ever evaluated as code.
+Numbers are decimals of up to MAX_DIGITS digits, between 10**-MAX_DIGITS and 10**MAX_DIGITS. Sums, differences and
+products are exact; a quotient that does not terminate is rounded to QUOTIENT_DIGITS significant digits. Nothing is
+ever evaluated as code.
 """
 
 from __future__ import annotations

@@ -118,9 +118,11 @@ def load_environment(path: str, arguments: dict[str, Any] | None = None) -> Envi
         raise EnvironmentError_(f"{path!r} is not an import path; write module:Class or module:function")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:
+        # Not only ImportError: a module may raise anything while it is imported.
         raise EnvironmentError_(
-            f"cannot import {module_name!r} for {path!r}: {error}. Is its folder listed under `pythonpath`?"
+            f"cannot import {module_name!r} for {path!r}: {type(error).__name__}: {error}. "
+            "Is its folder listed under `pythonpath`?"
         ) from error
     target = getattr(module, name, None)
     if target is None:
@@ -130,7 +132,7 @@ def load_environment(path: str, arguments: dict[str, Any] | None = None) -> Envi
     kwargs = dict(arguments or {})
     try:
         inspect.signature(target).bind(**kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise EnvironmentError_(f"{path!r} does not take these arguments: {error}") from None
 
     def make() -> Environment:

@@ -100,10 +100,7 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
         for index, segment in enumerate(trajectory.segments or [_EMPTY])
     ]
     # Whole-trajectory values are written out once and shared by its segments.
-    texts = {
-        id(t): (json.dumps(t.messages, ensure_ascii=False, default=str), json.dumps(t.metadata, default=str))
-        for t in trajectories
-    }
+    texts = {id(t): (_json(t.messages), _json(t.metadata)) for t in trajectories}
     columns: dict[str, pa.Array] = {
         "run": _array("run", [t.key.run for t, _, _ in rows]),
         "task_id": _array("task_id", [t.key.task_id for t, _, _ in rows]),
@@ -132,7 +129,10 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
         "tool_calls": _array(
             "tool_calls",
             [
-                [{"name": c.name, "ok": c.ok, "seconds": c.seconds, "error": c.error} for c in t.tool_calls]
+                [
+                    {"name": _text(c.name), "ok": c.ok, "seconds": c.seconds, "error": _text(c.error)}
+                    for c in t.tool_calls
+                ]
                 for t, _, _ in rows
             ],
         ),
@@ -149,13 +149,22 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
                 for t, _, _ in rows
             ],
         ),
-        "error": _array("error", [t.error for t, _, _ in rows]),
+        "error": _array("error", [_text(t.error) for t, _, _ in rows]),
         "attempts": _array("attempts", [t.attempts for t, _, _ in rows]),
         "metadata": _array("metadata", [texts[id(t)][1] for t, _, _ in rows]),
     }
     table = pa.table(columns, schema=SCHEMA)
     check(table)
     return table
+
+
+def _json(value: Any) -> str:
+    """JSON that can be stored: a model may write half a surrogate pair, which is no Unicode text."""
+    return _text(json.dumps(value, ensure_ascii=False, default=str)) or ""
+
+
+def _text(value: str | None) -> str | None:
+    return None if value is None else value.encode("utf-8", "replace").decode()
 
 
 def _array(name: str, values: list[Any]) -> pa.Array:
@@ -208,15 +217,34 @@ def check(table: pa.Table) -> None:
         pc.greater_equal(table["segment_index"], 0), pc.less(table["segment_index"], table["num_segments"])
     )
     _require(table, inside, "segment_index is outside num_segments")
+    # Each trajectory has num_segments rows, with indices 0 … num_segments - 1.
+    whole = table.group_by("trajectory_id").aggregate(
+        [
+            ("segment_index", "count_distinct"),
+            ("segment_index", "count"),
+            ("num_segments", "min"),
+            ("num_segments", "max"),
+        ]
+    )
+    complete = pc.and_(
+        pc.and_(
+            pc.equal(whole["segment_index_count"], whole["num_segments_max"]),
+            pc.equal(whole["segment_index_count_distinct"], whole["num_segments_max"]),
+        ),
+        pc.equal(whole["num_segments_min"], whole["num_segments_max"]),
+    )
+    _require(whole, complete, "segments are missing or repeated")
 
 
 def _require(table: pa.Table, good: Any, problem: str) -> None:
+    good = pc.fill_null(good, False)
     if not pc.all(good).as_py():
         row = pc.index(good, False).as_py()
         raise RecordError(f"{problem} in trajectory {table['trajectory_id'][row].as_py()!r}")
 
 
 def _require_tokens(table: pa.Table, parents: Any, good: Any, problem: str) -> None:
+    good = pc.fill_null(good, False)
     if len(good) and not pc.all(good).as_py():
         row = parents[pc.index(good, False).as_py()].as_py()
         raise RecordError(f"{problem} in trajectory {table['trajectory_id'][row].as_py()!r}")
@@ -231,6 +259,9 @@ def read_parquet(path: Path | str) -> pa.Table:
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise RecordError(f"{path}: not a trajectory file: it lacks {', '.join(missing)}")
-    table = table.select(SCHEMA.names).cast(SCHEMA)
+    try:
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except pa.ArrowInvalid as error:
+        raise RecordError(f"{path}: a column has another type than the record's: {error}") from None
     check(table)
     return table

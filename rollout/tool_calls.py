@@ -119,10 +119,18 @@ class ToolSet:
         except ToolError as error:
             return failed("invalid_arguments", str(error))
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as deadline:
                 value = await run_anywhere(chosen.run, arguments)
-        except TimeoutError:
+        except TimeoutError as error:
+            if not deadline.expired():
+                return failed("exception", f"TimeoutError: {error}")
             return failed("timeout", f"{chosen.name} did not answer within {timeout:g} s")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this session: the tool raised it itself.
+            return failed("exception", "CancelledError")
         except _TooManyAbandoned as error:
             return failed("refused", str(error))
         except ToolError as error:
@@ -131,7 +139,8 @@ class ToolSet:
             return failed("exception", f"{type(error).__name__}: {error}")
         try:
             content = to_text(value)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
+            # RecursionError for a result that is nested too deeply, and whatever a __str__ may raise.
             return failed("exception", f"the result of {chosen.name} cannot be written as text: {error}")
         if len(content) > max_output_chars:
             return failed(
@@ -152,7 +161,7 @@ def _validated(chosen: Tool, arguments: dict[str, Any] | str | None) -> dict[str
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ToolError(f"the arguments of {chosen.name} are not JSON: {error}") from None
     if arguments is None:
         arguments = {}
@@ -248,9 +257,9 @@ async def run_anywhere(function: Callable[..., Any], arguments: dict[str, Any]) 
         failure: BaseException | None = None
         try:
             result = context.run(function, **arguments)
-        except StopIteration as stop:
-            # A future refuses StopIteration; a tool that raises it has simply failed.
-            failure = RuntimeError(f"StopIteration: {stop}")
+        except (StopIteration, SystemExit, KeyboardInterrupt) as stop:
+            # A future refuses the first, and the others would end the event loop; the function has simply failed.
+            failure = RuntimeError(f"{type(stop).__name__}: {stop}")
         except BaseException as error:
             failure = error
         with _abandoned.lock:

@@ -81,10 +81,9 @@ def _make_tool(function: Callable[..., Any], name: str | None, description: str 
         if parameter.name not in hints:
             raise TypeError(f"tool {label!r}: parameter {parameter.name!r} has no type annotation")
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[parameter.name] = (
-            hints[parameter.name],
-            Field(default, description=about.get(parameter.name) or None),
-        )
+        # A description of None would override one that the annotation brings (Annotated[..., Field(description=…)]).
+        described = {"description": about[parameter.name]} if about.get(parameter.name) else {}
+        fields[parameter.name] = (hints[parameter.name], Field(default, **described))
     model = create_model(label, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
     return Tool(label, text, _plain_schema(model), function, model)
 
@@ -110,7 +109,10 @@ def _without_titles(node: Any, *, names: bool = False) -> Any:
     if isinstance(node, dict):
         # Under "properties" the keys are the user's names, and a parameter may well be called "title".
         kept = {
-            key: _without_titles(value, names=key in ("properties", "$defs"))
+            # A default is the user's value, whatever its keys; "properties" of "properties" is a parameter's name.
+            key: value
+            if key == "default" and not names
+            else _without_titles(value, names=not names and key in ("properties", "$defs"))
             for key, value in node.items()
             if names or key != "title" or not isinstance(value, str)
         }

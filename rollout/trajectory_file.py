@@ -40,7 +40,10 @@ class TrajectoryWriter:
             shutil.rmtree(self._parts, ignore_errors=True)
         elif self.path.exists() or self._parts.exists():
             raise RecordError(f"{self.directory} already holds trajectories; choose another directory or --overwrite")
-        self._parts.mkdir(parents=True)
+        try:
+            self._parts.mkdir(parents=True)
+        except OSError as error:
+            raise RecordError(f"{self.directory} cannot hold trajectories: {error.strerror or error}") from None
         self._schema = SCHEMA.with_metadata({**(SCHEMA.metadata or {}), INFO_KEY: json.dumps(info or {}).encode()})
         self._pending: list[pa.Table] = []
         self._since = 0.0

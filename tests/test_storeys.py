@@ -18,9 +18,6 @@ HEAVY = ["ray", "vllm", "torch", "renderers", "transformers", "mcp"]
 FILES = {
     path.relative_to(ROOT).as_posix(): path for storey in STOREYS for path in sorted((ROOT / storey).rglob("*.py"))
 }
-TOO_LONG = {
-    "rollout/mcp_tools.py": "567 lines; split it, e.g. into the servers' configuration, the connection and the tools"
-}
 
 
 def modules(storey: str) -> list[str]:
@@ -113,13 +110,7 @@ def test_loading_something_heavy_would_be_seen():
     assert loaded_by("import sys, types\nsys.modules['torch'] = types.ModuleType('torch')") == {"torch"}
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param(file, marks=pytest.mark.xfail(strict=True, reason=TOO_LONG[file])) if file in TOO_LONG else file
-        for file in FILES
-    ],
-)
+@pytest.mark.parametrize("file", FILES)
 def test_no_room_is_too_large(file: str):
     assert len(FILES[file].read_text().splitlines()) <= MAX_LINES
 

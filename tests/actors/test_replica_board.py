@@ -101,11 +101,6 @@ class Hooked:
             after()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="replica_board.py: listeners are called after the lock is let go, so that an older list may be told "
-    "after a newer one; the listener then keeps lanes to replicas that are gone until the next change",
-)
 @pytest.mark.parametrize("step", ["subscribe", "publish"])
 def test_the_last_that_a_listener_hears_is_the_newest(step: str):
     board = ReplicaBoard()

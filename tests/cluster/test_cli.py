@@ -170,11 +170,6 @@ def test_a_word_of_a_message_in_brackets_is_printed(rollout: Run, tmp_path: Path
     assert code == 1 and err.startswith(f"error {path}: not a readable")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="cli.py main catches click's ClickException, but typer 0.29 raises that of its own typer._click: a usage "
-    "error is a traceback and exit code 1",
-)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -213,10 +208,6 @@ def test_sigterm_ends_like_an_interrupt_with_130(rollout: Run, terminated: None)
     assert "Traceback" not in err
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="cli.py main never sees KeyboardInterrupt: typer turns it into exit code 130, and the word is not printed",
-)
 def test_an_interrupt_is_told(rollout: Run, terminated: None):
     assert rollout("status") == (130, "", "interrupted\n")
 

@@ -89,11 +89,6 @@ def test_the_list_can_be_cut(table: pa.Table):
     assert len(render(list_trajectories(table, limit=2)).splitlines()) == 3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="show.py list_trajectories: turns, tokens and sampled are those of segment 0 alone, so that a forked "
-    "trajectory is shown too short",
-)
 def test_a_forked_trajectory_is_listed_with_all_its_segments():
     forked = to_table([trajectory("a", segments=[two_turns(), two_turns("history was rewritten")])])
     lines = render(list_trajectories(forked)).splitlines()
@@ -149,11 +144,6 @@ def test_without_an_id_the_best_rewarded_with_most_turns_is_shown(table: pa.Tabl
     assert find(to_table(rows), None)[0]["trajectory_id"] == "run/long/0"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="show.py _most_telling starts from a score of -1.0: where all rewards are lower nothing is chosen, and "
-    "show_trajectory ends in IndexError",
-)
 def test_without_an_id_there_is_one_to_show_however_low_the_rewards():
     low = to_table([trajectory("a", reward=-5.0), trajectory("b", reward=-2.0)])
     assert [row["trajectory_id"] for row in find(low, None)] == ["run/b/0"]
@@ -277,11 +267,6 @@ def test_a_long_prompt_is_shortened_unless_all_is_wanted():
     assert "100500" in words(render(show_trajectory(segments, full=True)))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="show.py hands texts of others to rich as markup (list_trajectories: ids and errors; _tokens: the notes "
-    "with call names and errors; the panel's title): brackets vanish, or `[/x]` raises rich.errors.MarkupError",
-)
 @pytest.mark.parametrize("where", ["listed error", "call error", "call name", "title", "listed id"])
 def test_brackets_in_texts_of_others_are_shown_as_they_are(where: str):
     odd = "no [bold] and [/x] here"

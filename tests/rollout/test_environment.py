@@ -100,11 +100,6 @@ def test_an_import_that_fails_inside_the_module_is_named(module: Any):
         load_environment("half_installed_env:X")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="environment.py load_environment catches ImportError alone; anything else that a module raises while it "
-    "is imported escapes, and in actors/worker.py _play, which catches RolloutError, the session is never collected",
-)
 @pytest.mark.parametrize("source", ["def broken(:", "1 / 0", "open('/no/such/file')", "raise SystemExit(1)"])
 def test_a_module_that_fails_while_it_is_imported_is_named(module: Any, source: str):
     module("failing_env", source)
@@ -112,11 +107,6 @@ def test_a_module_that_fails_while_it_is_imported_is_named(module: Any, source: 
         load_environment("failing_env:X")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="environment.py load_environment: import_module raises TypeError for a relative name, and "
-    "inspect.signature ValueError for a class without one",
-)
 @pytest.mark.parametrize("path", [".relative:X", "builtins:type"])
 def test_odd_import_paths_are_refused_like_others(path: str):
     with pytest.raises(EnvironmentError_):

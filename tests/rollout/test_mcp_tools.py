@@ -17,9 +17,10 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from rollout import mcp_tools
+from rollout import mcp_connection, mcp_tools
 from rollout.errors import ConfigError, ToolError
-from rollout.mcp_tools import McpServerConfig, McpServers
+from rollout.mcp_config import McpServerConfig
+from rollout.mcp_tools import McpServers
 from rollout.tool_calls import ToolCall, ToolResult, ToolSet
 
 SCRIPT = str(Path(__file__).with_name("mcp_server.py"))
@@ -173,17 +174,17 @@ async def test_stdio_server_dies_and_comes_back(stdio: McpServers, monkeypatch: 
     assert (await invoke_until_up(tools, "add", a=2, b=3)).content == "5"
 
     # Its last words are in the error; until the next attempt is due, calls fail with the same error at once.
-    monkeypatch.setattr(mcp_tools, "RECONNECT_SECONDS", 60)
+    monkeypatch.setattr(mcp_connection, "RECONNECT_SECONDS", 60)
     died = await invoke(tools, "die", last_words="out of cheese")
     refused = await invoke(tools, "add", a=2, b=3)
     assert "out of cheese" in died.content and died.content == refused.content
     assert refused.record.seconds < 1 and children() == []
-    monkeypatch.setattr(mcp_tools, "RECONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(mcp_connection, "RECONNECT_SECONDS", 0.2)
     assert (await invoke_until_up(tools, "add", a=2, b=3)).content == "5"
 
     # Killed while idle: noticed before the next call, which is not lost.
     children()[0].kill()
-    await asyncio.sleep(mcp_tools.RECONNECT_SECONDS)
+    await asyncio.sleep(mcp_connection.RECONNECT_SECONDS)
     assert (await invoke(tools, "add", a=2, b=3)).content == "5"
 
 

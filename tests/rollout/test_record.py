@@ -193,21 +193,12 @@ def test_to_table_checks_what_it_writes():
         to_table([trajectory(4), trajectory(5, [bad])])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="record.py check: the docstring's `segments of a trajectory are complete` is not verified, only that "
-    "segment_index lies within num_segments",
-)
 @pytest.mark.parametrize("rows", [[0, 1, 3], [0, 2, 3], [0, 1, 1, 3]], ids=["first alone", "second alone", "twice"])
 def test_segments_of_a_trajectory_must_be_complete(rows: list[int]):
     with pytest.raises(RecordError, match="run/task/1"):
         check(good().take(rows))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="record.py _require_tokens: comparisons with null are null, and pc.all skips nulls, so null tokens pass",
-)
 @pytest.mark.parametrize("name", ["response_mask", "logprobs", "policy_versions"])
 def test_a_null_token_is_refused(name: str):
     values = good()[name].to_pylist()
@@ -216,11 +207,6 @@ def test_a_null_token_is_refused(name: str):
         check(replaced(good(), name, values))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="record.py to_table: json.dumps(messages, ensure_ascii=False) keeps lone surrogates (a model may write "
-    r"\ud800 in a call's JSON), which Arrow cannot encode: UnicodeEncodeError loses the whole trajectory",
-)
 def test_messages_with_a_lone_surrogate_can_be_written():
     arguments = json.loads(r'{"text": "\ud800"}')
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
@@ -262,9 +248,6 @@ def test_a_file_that_breaks_the_invariant_is_refused(tmp_path: Path):
         read_parquet(path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="record.py read_parquet: `.cast(SCHEMA)` raises pa.ArrowInvalid for a column of another type"
-)
 def test_a_file_with_a_column_of_another_type_is_refused(tmp_path: Path):
     path = tmp_path / "t.parquet"
     at = SCHEMA.get_field_index("sample_index")

@@ -158,11 +158,6 @@ async def test_a_time_out_is_told_and_recorded():
     assert 0.05 <= result.record.seconds < 5
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tool_calls.py call: `except TimeoutError` cannot tell the tool's own TimeoutError (a socket's, say) from "
-    "its deadline, so that the model and the record are told of a deadline that had not passed",
-)
 async def test_a_tools_own_timeout_is_its_exception():
     def connect() -> str:
         """Connect."""
@@ -172,19 +167,10 @@ async def test_a_tools_own_timeout_is_its_exception():
     assert (result.outcome, result.content) == ("exception", "Error: TimeoutError: port 80")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tool_calls.py _validated: json.loads raises RecursionError for deeply nested text, no ValueError",
-)
 async def test_json_that_is_nested_too_deep():
     assert (await run("add", "[" * 100_000)).outcome == "invalid_arguments"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tool_calls.py call: to_text is guarded by `except (TypeError, ValueError)`; RecursionError (deep value) "
-    "and whatever a value's __str__ raises reach the session",
-)
 @pytest.mark.parametrize("kind", ["deep", "angry"])
 async def test_a_result_that_cannot_be_written(kind: str):
     class Angry:
@@ -203,11 +189,6 @@ async def test_a_result_that_cannot_be_written(kind: str):
     assert (await run("give", {"kind": kind}, tools=only(give))).outcome == "exception"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tool_calls.py run_anywhere hands SystemExit of a synchronous tool to the event loop, where it passes "
-    "`except Exception` and ends the worker process",
-)
 async def test_a_tool_that_calls_exit_ends_nothing_else():
     def leave() -> str:
         """Leave."""
@@ -220,10 +201,6 @@ async def test_a_tool_that_calls_exit_ends_nothing_else():
     assert result.outcome == "exception"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tool_calls.py run_anywhere: a CancelledError that a tool raises by itself looks like a cancel",
-)
 async def test_a_tool_that_raises_cancelled_by_itself_has_failed():
     async def lost() -> str:
         """Lose the connection."""

@@ -144,11 +144,6 @@ def test_parameters_may_have_the_names_of_schema_keywords():
     assert outcome(book, title="t", type="k", required=1) == "t/k/1"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tools.py _without_titles: below a parameter called `properties` (or `$defs`) names=True is kept, "
-    "so that its generated title stays",
-)
 def test_a_parameter_may_be_called_properties():
     @tool
     def f(properties: int) -> int:
@@ -158,9 +153,6 @@ def test_a_parameter_may_be_called_properties():
     assert f.parameters["properties"] == {"properties": {"type": "integer"}}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tools.py _without_titles also goes into default values and drops a key `title` there"
-)
 def test_a_default_is_shown_as_it_is():
     @tool
     def f(options: dict[str, str] = {"title": "x", "a": "b"}) -> str:  # noqa: B006
@@ -170,10 +162,6 @@ def test_a_default_is_shown_as_it_is():
     assert f.parameters["properties"]["options"]["default"] == {"title": "x", "a": "b"}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tools.py _make_tool passes description=None, which overrides that of Annotated[..., Field(description)]",
-)
 def test_a_description_in_the_annotation_is_shown():
     @tool
     def f(count: Annotated[int, Field(description="How many.", ge=1)]) -> int:
