@@ -75,9 +75,9 @@ def up(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> 
     """Start a cluster and leave it running."""
     from cluster import launch
 
-    loaded = _load(config, overrides)
+    loaded = _load(config, overrides, check_engine=False)
     with _steps() as report:
-        started = launch.up(loaded, config, report)
+        started = launch.up(loaded, config, report, verify=lambda: _load(config, overrides))
     if as_json:
         out.print_json(data={"name": started.name, "address": started.address, "logs": started.log_file})
     else:
@@ -133,8 +133,7 @@ def run(
 ) -> None:
     """Roll out a task file: on the config's cluster if it is up, else on one that lives as long as this command."""
     loaded_tasks = read_tasks(tasks)[:limit]
-    loaded = _load(config, overrides)
-    _run(loaded, config, loaded_tasks, directory, group_size, overwrite, as_json)
+    _run(config, overrides, loaded_tasks, directory, group_size, overwrite, as_json)
 
 
 @app.command()
@@ -193,12 +192,12 @@ def demo(
     if not config.exists():
         raise RolloutError(f"{config} does not exist: the demo needs a checkout of the repository")
     loaded_tasks = read_tasks(tasks)[:limit]
-    _run(_load(config, None), config, loaded_tasks, directory, group_size, overwrite=True, as_json=False, look=True)
+    _run(config, None, loaded_tasks, directory, group_size, overwrite=True, as_json=False, look=True)
 
 
 def _run(
-    config: Any,
     path: Path,
+    overrides: list[str] | None,
     tasks: list[Any],
     directory: Path,
     group_size: int | None,
@@ -210,6 +209,7 @@ def _run(
     from cluster.job import run_tasks
     from cluster.progress import closing_table, job_progress
 
+    config = _load(path, overrides, check_engine=False)
     if config.environment is None:
         raise RolloutError(f"{path}: environment: is missing; name one as `environment: {{path: module:Class}}`")
     if (directory / FILE_NAME).exists() and not overwrite:
@@ -219,7 +219,7 @@ def _run(
     try:
         if ours:
             with _steps() as report:
-                cluster = launch.up(config, path, report)
+                cluster = launch.up(config, path, report, verify=lambda: _load(path, overrides))
         assert cluster is not None
         with launch.connected(cluster), job_progress(err) as on_progress:
             result = run_tasks(
@@ -245,10 +245,10 @@ def _run(
         raise KeyboardInterrupt
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
+def _load(path: Path, overrides: list[str] | None, *, check_engine: bool = True) -> Any:
     from cluster.config_file import load_config
 
-    return load_config(path, overrides or ())
+    return load_config(path, overrides or (), check_engine=check_engine)
 
 
 @contextmanager

@@ -43,21 +43,36 @@ class LaunchError(RolloutError):
     category = "launch"
 
 
-def up(config: ClusterConfig, config_path: Path | str, report: Report = lambda _: None) -> ClusterState:
-    """Start a cluster and wait until it is ready. Raises LaunchError (with the end of the log) or RolloutError."""
+def up(
+    config: ClusterConfig,
+    config_path: Path | str,
+    report: Report = lambda _: None,
+    verify: Callable[[], object] | None = None,
+) -> ClusterState:
+    """Start a cluster and wait until it is ready. Raises LaunchError (with the end of the log) or RolloutError.
+
+    `verify` runs while Ray starts, before anything else is started; what it raises ends the start. Checking the
+    engine's arguments belongs there: it imports vLLM, which takes as long as Ray.
+    """
     if (existing := state.load(config.name)) is not None:
         if is_alive(existing):
             raise RolloutError(f"cluster {config.name!r} is already up; stop it with `rollout down {config.name}`")
         down(existing)
     cluster = _start_ray(config, config_path, report)
     try:
+        if verify is not None:
+            report("checking the engine's arguments")
+            verify()
+        _wait_for_ray(cluster, report)
         with connected(cluster, patience=RAY_START_SECONDS):
             _deploy(config, report)
     except BaseException as failure:
         tail = log_tail(cluster)
         report("cleaning up")
         down(cluster)
-        if isinstance(failure, KeyboardInterrupt | RolloutError):
+        if not isinstance(failure, Exception):
+            raise
+        if isinstance(failure, RolloutError) and not isinstance(failure, LaunchError):
             raise
         raise LaunchError(f"{_first_cause(failure)}{tail}") from failure
     state.save(cluster)
@@ -163,7 +178,7 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
     ]
     with open(log_file, "wb") as log:
         # A session of its own, so that Ctrl-C at the terminal reaches this command and not the cluster.
-        process = subprocess.Popen(
+        leader = subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -179,21 +194,21 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
         temp_dir=temp_dir,
         log_file=log_file,
         started_at=time.time(),
-        session_id=process.pid,
-        session_started=psutil.Process(process.pid).create_time(),
+        session_id=leader.pid,
+        session_started=psutil.Process(leader.pid).create_time(),
     )
-    deadline = time.monotonic() + RAY_START_SECONDS
-    try:
-        while not is_alive(cluster):
-            if process.poll() is not None:
-                raise LaunchError(f"Ray ended with code {process.returncode}{log_tail(cluster)}")
-            if time.monotonic() > deadline:
-                raise LaunchError(f"Ray did not start within {RAY_START_SECONDS:g} s{log_tail(cluster)}")
-            time.sleep(0.1)
-    except BaseException:
-        down(cluster)
-        raise
     return cluster
+
+
+def _wait_for_ray(cluster: ClusterState, report: Report) -> None:
+    report("starting Ray")
+    deadline = time.monotonic() + RAY_START_SECONDS
+    while cluster.owns_ray and not is_alive(cluster):
+        if not any(state.processes(cluster)):
+            raise LaunchError("Ray ended at its start")
+        if time.monotonic() > deadline:
+            raise LaunchError(f"Ray did not start within {RAY_START_SECONDS:g} s")
+        time.sleep(0.1)
 
 
 def _node_environment(config: ClusterConfig, cluster_id: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ Invariant: CPU and GPU differ only in the values that come in here; the code pat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,9 @@ def build_engine_app(spec: EngineSpec) -> Any:
         accelerator_config={"kind": spec.device},
         accelerator_type=spec.accelerator_type,
         placement_group_config=_placement(spec),
+        callback_config=(
+            {"callback_class": "deployments.local_model.LocalModel"} if os.path.isdir(spec.model) else {}
+        ),
         deployment_config={
             "num_replicas": spec.replicas,
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,

@@ -1,7 +1,7 @@
 """The configuration of an MCP server.
 
-Invariant: it names secrets and never holds them where it need not: "${VAR}" is replaced only when a connection is
-made, in the process that makes it, and neither a repr nor a validation error shows an `env` or a header.
+Invariant: secrets need not be in it and do not leave it by accident: "${VAR}" stays as it is until `expanded`, in
+the process that connects, and neither a repr nor a validation error shows the values of `env` or `headers`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tools of MCP servers (stdio and streamable HTTP), used in the same way as local ones.
 
 Invariant: a session cannot tell them from local tools: the schema has the form of a local tool's and is valid, a
-result is text whatever the server sent, and all that goes wrong in a call is a ToolError. The tools of a server
-stay valid when its connection is lost and made again.
+result is text whatever the server sent, and a result that reports an error is raised as a ToolError. The tools of
+a server stay usable when its connection is lost and made again.
 
 Nothing here imports `mcp` before the first connection: trainers install without it.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from rollout.errors import ConfigError, ToolError
 from rollout.mcp_config import McpServerConfig
 from rollout.mcp_connection import McpServer
-from rollout.tools import Tool, _without_titles
+from rollout.tools import Tool, without_titles
 
 
 class McpServers:
@@ -69,7 +69,7 @@ def _clean_schema(schema: Mapping[str, Any], where: str) -> dict[str, Any]:
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
 
-    rest = {key: value for key, value in _without_titles(dict(schema)).items() if key != "$schema"}
+    rest = {key: value for key, value in without_titles(dict(schema)).items() if key != "$schema"}
     head = {key: rest.pop(key, empty) for key, empty in (("type", "object"), ("properties", {}), ("required", []))}
     clean = {**head, **rest}
     dialects = [clean] + ([{**clean, "$schema": schema["$schema"]}] if "$schema" in schema else [])

@@ -82,7 +82,7 @@ def _make_tool(function: Callable[..., Any], name: str | None, description: str 
             raise TypeError(f"tool {label!r}: parameter {parameter.name!r} has no type annotation")
         default = ... if parameter.default is parameter.empty else parameter.default
         # A description of None would override one that the annotation brings (Annotated[..., Field(description=…)]).
-        described = {"description": about[parameter.name]} if about.get(parameter.name) else {}
+        described: dict[str, Any] = {"description": about[parameter.name]} if about.get(parameter.name) else {}
         fields[parameter.name] = (hints[parameter.name], Field(default, **described))
     model = create_model(label, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
     return Tool(label, text, _plain_schema(model), function, model)
@@ -98,26 +98,27 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _plain_schema(model: type[BaseModel]) -> dict[str, Any]:
     """The arguments schema as chat templates expect it: no titles, no closed-world keyword, required last."""
-    schema = _without_titles(model.model_json_schema())
+    schema = without_titles(model.model_json_schema())
     schema.pop("additionalProperties", None)
     schema.setdefault("properties", {})
     order = ("type", "properties", "required", "$defs")
     return {key: schema[key] for key in order if key in schema}
 
 
-def _without_titles(node: Any, *, names: bool = False) -> Any:
+def without_titles(node: Any, *, names: bool = False) -> Any:
+    """A JSON schema without generated titles, its types first. `names`: the keys of this node are the user's."""
     if isinstance(node, dict):
         # Under "properties" the keys are the user's names, and a parameter may well be called "title".
         kept = {
             # A default is the user's value, whatever its keys; "properties" of "properties" is a parameter's name.
             key: value
             if key == "default" and not names
-            else _without_titles(value, names=not names and key in ("properties", "$defs"))
+            else without_titles(value, names=not names and key in ("properties", "$defs"))
             for key, value in node.items()
             if names or key != "title" or not isinstance(value, str)
         }
         # The order that people write, and that models have read most: the type before its description.
         return kept if names or "type" not in kept else {"type": kept.pop("type"), **kept}
     if isinstance(node, list):
-        return [_without_titles(item) for item in node]
+        return [without_titles(item) for item in node]
     return node

@@ -61,7 +61,7 @@ class Trajectory:
     stop_reason: StopReason
     messages: list[Message]
     reward: float | None = None
-    turn_rewards: list[float] | None = None
+    turn_rewards: list[float | None] | None = None
     tool_calls: list[ToolCallRecord] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing)
     error: str | None = None
