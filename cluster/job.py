@@ -6,9 +6,12 @@ interrupt ends the sessions that run, keeps what has finished, and leaves the cl
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,26 +94,44 @@ def run_tasks(
     info = {"run": spec.run, "model": config.model.path, "environment": spec.environment}
     handle = controller()
     started = time.monotonic()
-    with TrajectoryWriter(out, info, overwrite=overwrite) as writer:
-        interrupted = False
+    with TrajectoryWriter(out, info, overwrite=overwrite) as writer, _interrupts() as asked:
         deadline = float("inf")
         ray.get(handle.submit.remote(spec, tasks))
         while True:
-            try:
-                delivery: Delivery = ray.get(handle.take.remote(spec.run, POLL_SECONDS))
-                if delivery.table is not None:
-                    writer.write(delivery.table)
-                on_progress(delivery.progress, time.monotonic() - started)
-            except KeyboardInterrupt:
-                if interrupted:
-                    break
-                interrupted = True
-                deadline = time.monotonic() + DRAIN_SECONDS
-                ray.get(handle.cancel.remote(spec.run))
-                continue
+            delivery: Delivery = ray.get(handle.take.remote(spec.run, POLL_SECONDS))
+            if delivery.table is not None:
+                writer.write(delivery.table)
+            on_progress(delivery.progress, time.monotonic() - started)
             if delivery.finished or time.monotonic() > deadline:
                 break
+            if asked and deadline == float("inf"):
+                deadline = time.monotonic() + DRAIN_SECONDS
+                ray.get(handle.cancel.remote(spec.run))
         seconds = time.monotonic() - started
     if delivery.finished:
         ray.get(handle.forget.remote(spec.run))
-    return JobResult(writer.path, delivery.progress, seconds, interrupted)
+    return JobResult(writer.path, delivery.progress, seconds, bool(asked))
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Signals that asked for an end, as a list that fills; the second one raises KeyboardInterrupt.
+
+    The first must not: it would fall between the controller's handing over of rows and our writing of them.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

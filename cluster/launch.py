@@ -95,6 +95,17 @@ def down(cluster: ClusterState, report: Report = lambda _: None) -> int:
     return ended
 
 
+@contextmanager
+def ray_node(config: ClusterConfig, report: Report = lambda _: None) -> Iterator[ClusterState]:
+    """A local Ray without engines or controller, for the length of the block (benchmarks deploy their own)."""
+    cluster = _start_ray(config, "", report)
+    try:
+        _wait_for_ray(cluster, report)
+        yield cluster
+    finally:
+        down(cluster)
+
+
 def is_alive(cluster: ClusterState) -> bool:
     """Whether a cluster's Ray answers."""
     host, _, port = cluster.address.rpartition(":")

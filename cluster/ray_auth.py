@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from typing import Any
 
 from cluster import state
 
@@ -25,10 +26,11 @@ def use_token() -> None:
         os.environ[TOKEN_PATH] = _token_file()
     if "ray" in sys.modules:
         # Ray reads its environment when it is imported, and caches the token that it found.
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray import _raylet
 
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        native: Any = _raylet
+        native.Config.initialize("")
+        native.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _token_file() -> str:

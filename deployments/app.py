@@ -42,8 +42,11 @@ class EngineSpec:
     warmup: bool = True
 
 
-def build_engine_app(spec: EngineSpec) -> Any:
-    """The engine application, for `serve.run(app, name=APP)`. Needs a running Ray. Raises what LLMConfig raises."""
+def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
+    """The engine application, for `serve.run(app, name=APP)`. Needs a running Ray. Raises what LLMConfig raises.
+
+    `engine_cls`: a subclass of RolloutEngine in its place.
+    """
     from ray.serve.llm import LLMConfig, build_llm_deployment
 
     from deployments.engine import RolloutEngine
@@ -68,7 +71,7 @@ def build_engine_app(spec: EngineSpec) -> Any:
     )
     return build_llm_deployment(
         config,
-        deployment_cls=RolloutEngine,
+        deployment_cls=engine_cls or RolloutEngine,
         bind_kwargs={"warmup": spec.warmup},
         override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": START_ATTEMPTS},
     )

@@ -66,7 +66,7 @@ class RolloutEngine(LLMServer):
 
     _default_engine_cls = RolloutVLLMEngine
 
-    async def __init__(self, llm_config: Any, *, warmup: bool = True) -> None:
+    async def __init__(self, llm_config: Any, *, warmup: bool = True) -> None:  # type: ignore[misc]
         """Start the engine and generate once. Raises what vLLM raises."""
         await super().__init__(llm_config)
         self._mailboxes: dict[str, _Mailbox] = {}
@@ -100,7 +100,9 @@ class RolloutEngine(LLMServer):
     async def cancel(self, lane_id: str, request_ids: Sequence[str]) -> None:
         """Stop generations; nothing is answered for them."""
         mailbox = self._mailboxes.get(lane_id)
-        for request_id in request_ids if mailbox is not None else ():
+        if mailbox is None:
+            return
+        for request_id in request_ids:
             task = mailbox.tasks.pop(request_id, None)
             if task is not None:
                 task.cancel()

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rollout.errors import EnvironmentError_
 from rollout.limits import Limits
@@ -96,11 +96,11 @@ class Environment:
 
     def all_tools(self) -> list[Tool]:
         """`tools` and the decorated methods of the class."""
-        return [*self.tools, *(getattr(self, name) for name in _tool_methods(type(self)))]
+        return [*self.tools, *(getattr(self, name) for name in _tool_methods(cast(Any, type(self))))]
 
 
 @functools.cache
-def _tool_methods(kind: type[Environment]) -> tuple[str, ...]:
+def _tool_methods(kind: Any) -> tuple[str, ...]:
     """Names of the methods of a class that `@tool` made tools of. Walking a class takes 0.3 ms, so only once."""
     return tuple(name for name, _ in inspect.getmembers_static(kind, lambda member: isinstance(member, Tool)))
 

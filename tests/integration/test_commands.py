@@ -47,7 +47,7 @@ def test_run_uses_the_running_cluster_and_leaves_it(cluster, tmp_path):
     listed = rollout("show", out, "--list")
     assert listed.stdout.count("calc-") == 16
     shown = rollout("show", out)
-    assert "sampled, mask 1" in shown.stdout and "calculator" in shown.stdout
+    assert "trained on (mask 1)" in shown.stdout and "calculator" in shown.stdout
     assert rollout("run", CONFIG, "--tasks", TASKS, "--out", out).returncode == 1, "never written over by accident"
     assert json.loads(rollout("status", "--json").stdout)[0]["alive"] is True
 

@@ -14,9 +14,11 @@ from tests.conftest import MODEL
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# bf16 has 8 bits of mantissa: logits of about 10 carry errors of about 0.04, and those of single tokens more.
-MEAN_TOLERANCE = 0.03
+# bf16 has 8 bits of mantissa: logits of about 10 carry errors of about 0.04, and single tokens more. Most tokens of
+# this model are nearly certain, so the mean is far smaller (0.001 was seen); a mask off by one gave 0.17.
+MEAN_TOLERANCE = 0.01
 MAX_TOLERANCE = 0.75
+MISPLACED_FACTOR = 20
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_logprobs_are_those_of_the_model(player, tasks, reference, temperature, 
     assert len(found) == sum(sum(row["response_mask"]) for row in rows)
     assert found.mean() < MEAN_TOLERANCE
     assert found.max() < MAX_TOLERANCE
-    assert misplaced.mean() > 20 * MEAN_TOLERANCE, "the test can tell a wrong mask"
+    assert misplaced.mean() > MISPLACED_FACTOR * found.mean(), "the test can tell a wrong mask"
 
 
 def test_logprobs_are_after_top_k(player, tasks, reference):

@@ -1,0 +1,143 @@
+"""Generated tokens per second of the whole session path against the raw engine, in the same run.
+
+The session path is everything: controller → session worker (rendering, parsing, ledger, environment) → lanes →
+engine → record → controller → driver. Rounds alternate between the two, as the machine drifts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.work import RENDERER_OPTIONS, REPLY, SAMPLING, TOKENS_PER_TURN, TURNS, Talk, make_tasks
+
+WORK = f"{Talk.__module__}:{Talk.__qualname__}"
+# Episodes of a round: enough waves that its ramp-up and tail are small.
+WAVES = 4
+
+
+def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Medians over rounds, by concurrency: tokens/s and episodes/s of both paths, and their ratio."""
+    from rollout.rendering import load_renderer
+
+    chat = load_renderer(str(model), "auto", RENDERER_OPTIONS)
+    opening = chat.render(make_tasks(1)[0].messages, [])
+    filler = [opening[0]] * TOKENS_PER_TURN
+    extended = chat.extend(opening, filler, [REPLY], [])
+    assert extended is not None, "the renderer must extend this conversation"
+    between = extended[len(opening) + len(filler) :]
+
+    found: dict[str, Any] = {"concurrency": {}}
+    with _cluster(model, tensor_parallel_size, concurrency) as (engine, controllers):
+        for concurrent in concurrency:
+            episodes = WAVES * concurrent
+            raw, ours = [], []
+            for number in range(rounds + 1):
+                seconds = engine.raw_episodes.remote(
+                    opening, between, {**SAMPLING.to_vllm()}, episodes, concurrent
+                ).result(timeout_s=600)
+                session_seconds = _play(controllers[concurrent], episodes, f"bench-{concurrent}-{number}")
+                if number:  # the first round warms both up
+                    raw.append(seconds)
+                    ours.append(session_seconds)
+            tokens = episodes * TURNS * TOKENS_PER_TURN
+            ratios = [r / o for r, o in zip(raw, ours, strict=True)]
+            found["concurrency"][concurrent] = {
+                "raw_tokens_per_s": tokens / statistics.median(raw),
+                "session_tokens_per_s": tokens / statistics.median(ours),
+                "session_episodes_per_s": episodes / statistics.median(ours),
+                "raw_episodes_per_s": episodes / statistics.median(raw),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+            }
+    return found
+
+
+def _play(controller: Any, episodes: int, run: str) -> float:
+    import ray
+
+    from actors.messages import Delivery, RunSpec
+    from rollout.limits import Limits
+
+    limits = Limits(max_turns=TURNS + 1, engine_seconds=300)
+    spec = RunSpec(run, WORK, {}, SAMPLING, limits, group_size=1, submitted_at=time.time())
+    tasks = make_tasks(episodes)
+    started = time.perf_counter()
+    ray.get(controller.submit.remote(spec, tasks))
+    rows = sampled = 0
+    while True:
+        delivery: Delivery = ray.get(controller.take.remote(run, 5.0))
+        if delivery.table is not None:
+            rows += delivery.table.num_rows
+        if delivery.finished:
+            break
+    seconds = time.perf_counter() - started
+    sampled = delivery.progress.tokens
+    expected = episodes * TURNS * TOKENS_PER_TURN
+    assert (rows, sampled) == (episodes, expected), f"{rows} rows, {sampled} tokens: {delivery.progress}"
+    ray.get(controller.forget.remote(run))
+    return seconds
+
+
+@contextmanager
+def _cluster(
+    model: Path, tensor_parallel_size: int, concurrency: tuple[int, ...]
+) -> Iterator[tuple[Any, dict[int, Any]]]:
+    """One engine, and for each concurrency a controller with one worker that holds so many sessions."""
+    import ray
+    from ray import serve
+
+    from actors.controller import Controller
+    from actors.messages import ControllerSettings, WorkerSettings
+    from benchmarks.raw_engine import MeasuredEngine
+    from cluster import launch
+    from cluster.config import ClusterConfig
+    from deployments.app import APP, DEPLOYMENT, EngineSpec, build_engine_app
+
+    config = ClusterConfig.model_validate(
+        {
+            "name": "bench",
+            "model": {"path": str(model.resolve())},
+            "engine": {
+                "device": "cpu",
+                "vllm": {
+                    "tensor_parallel_size": tensor_parallel_size,
+                    "max_model_len": 2048,
+                    "max_num_seqs": 256,
+                    "max_num_batched_tokens": 4096,
+                },
+            },
+        }
+    )
+    with launch.ray_node(config) as node, launch.connected(node, patience=launch.RAY_START_SECONDS):
+        serve.start(proxy_location="Disabled")
+        spec = EngineSpec(
+            model=config.model.path,
+            served_name=config.model.name,
+            engine_kwargs=config.llm_engine_kwargs(),
+            env=config.replica_env(),
+            device="cpu",
+        )
+        serve.run(build_engine_app(spec, MeasuredEngine), name=APP, route_prefix=None)
+        controllers = {}
+        for concurrent in concurrency:
+            worker = WorkerSettings(
+                model=config.model.path,
+                revision=None,
+                renderer="auto",
+                renderer_options=RENDERER_OPTIONS,
+                app=APP,
+                deployment=DEPLOYMENT,
+                sticky_margin=config.engine.sticky_margin,
+                mcp_servers={},
+                max_sessions=concurrent,
+            )
+            settings = ControllerSettings(worker, 1, 1, None, 300.0, {"HF_HUB_OFFLINE": "1"})
+            controllers[concurrent] = ray.remote(Controller).options(max_concurrency=100).remote(settings)
+            ray.get(controllers[concurrent].spawn_workers.remote())
+            ray.get(controllers[concurrent].connect.remote())
+        yield serve.get_deployment_handle(DEPLOYMENT, APP), controllers
