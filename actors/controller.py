@@ -64,6 +64,7 @@ class Controller:
         self._workers_lost = 0
         self._engine: EngineInfo | None = None
         self._stopping = False
+        self._failure: BaseException | None = None
         self._started_at = time.time()
 
     async def spawn_workers(self) -> str:
@@ -106,6 +107,8 @@ class Controller:
                 await run.news.wait()
         except TimeoutError:
             pass
+        if self._failure is not None:
+            raise RolloutError(f"the controller failed: {self._failure!r}")
         run.news.clear()
         tables, run.untaken, run.untaken_rows = run.untaken, [], 0
         self._dispatch()
@@ -174,7 +177,16 @@ class Controller:
     def _keep(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._loops.add(task)
-        task.add_done_callback(self._loops.discard)
+        task.add_done_callback(self._loop_ended)
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        self._loops.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            # A bug of ours, and the worst kind: sessions would wait for ever on a loop that is gone.
+            logger.error("a background loop of the controller failed", exc_info=failure)
+            self._failure = failure
+            for run in self._runs.values():
+                run.news.set()
 
     async def _collect_from(self, name: str) -> None:
         """Long-poll one worker until it dies."""

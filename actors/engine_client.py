@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import uuid
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class EngineClient:
 
     def __init__(self, handle: Any, *, worker_id: str, sticky_margin: int) -> None:
         self._handle = handle
-        self._worker_id = worker_id
+        # Workers of several controllers may share an engine and a name; lanes and requests must never share an id,
+        # or the answers of one would be taken by the other.
+        self._worker_id = f"{worker_id}-{uuid.uuid4().hex[:8]}"
         self._margin = sticky_margin
         self._lanes: dict[str, Lane] = {}
         self._suspects: dict[str, float] = {}

@@ -12,12 +12,19 @@ from typing import Any
 
 from benchmarks.work import TOKENS_PER_TURN, TURNS
 from deployments.engine import RolloutEngine, to_sampling_params
+from rollout.engine import GenerateRequest, Generation
 
 
 class MeasuredEngine(RolloutEngine):
     """The engine deployment, plus a loop that plays episodes on AsyncLLM directly."""
 
     _serial = itertools.count()
+
+    async def _generate(self, request: GenerateRequest) -> Generation:
+        """A turn of the fixed length counts as ended; sessions would take it for one that was cut, and stop."""
+        generation = await super()._generate(request)
+        generation.finish_reason = "stop"
+        return generation
 
     async def raw_episodes(
         self, opening: list[int], between: list[int], sampling: dict[str, Any], episodes: int, concurrent: int

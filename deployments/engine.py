@@ -59,6 +59,7 @@ class _Mailbox:
     answers: list[Answer] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    listening: bool = False
 
 
 class RolloutEngine(LLMServer):
@@ -113,6 +114,9 @@ class RolloutEngine(LLMServer):
         When it stops listening, what the lane still holds is cancelled: a worker that died leaves no work behind.
         """
         mailbox = self._mailboxes.setdefault(lane_id, _Mailbox())
+        if mailbox.listening:
+            raise EngineError(f"lane {lane_id!r} has a listener already; lane ids must be unique")
+        mailbox.listening = True
         try:
             while True:
                 try:
