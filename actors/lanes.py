@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 # Requests that become ready within this time leave together.
 FLUSH_S = 0.002
+# So many leave without waiting for others, and so many answers are handed out before the loop goes round. When a
+# whole batch of turns ends at once, the engine is at work on the first of the next turns while the last of the old
+# ones are still being parsed: 64 sessions in step got 0.87 of the raw engine without this.
+CHUNK = 16
 # A submit or cancel that the replica has not taken by then breaks the lane.
 CALL_TIMEOUT_S = 30.0
 
@@ -118,7 +122,11 @@ class Lane:
             task.cancel()
 
     def _flush_soon(self) -> None:
-        if self._flush_due is None:
+        if len(self._outbox) >= CHUNK:
+            if self._flush_due is not None:
+                self._flush_due.cancel()
+            self._flush()
+        elif self._flush_due is None:
             self._flush_due = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
 
     def _flush(self) -> None:
@@ -150,7 +158,9 @@ class Lane:
         try:
             async for batch in self._remote.results(self.lane_id):
                 self.reported_in_flight, self.version = batch.in_flight, batch.version
-                for request_id, outcome in batch.answers:
+                for number, (request_id, outcome) in enumerate(batch.answers, start=1):
+                    if number % CHUNK == 0:
+                        await asyncio.sleep(0)
                     future = self._waiting.pop(request_id, None)
                     if future is None or future.done():
                         continue

@@ -92,7 +92,8 @@ class SessionWorker:
         try:
             async with asyncio.timeout(timeout):
                 await self._some_finished.wait()
-            await asyncio.sleep(COLLECT_S)
+            if self._sessions:
+                await asyncio.sleep(COLLECT_S)
         except TimeoutError:
             pass
         self._some_finished.clear()

@@ -122,7 +122,9 @@ class RolloutEngine(LLMServer):
                 try:
                     async with asyncio.timeout(REPORT_S):
                         await mailbox.ready.wait()
-                    await asyncio.sleep(DRAIN_S)
+                    if mailbox.tasks:
+                        # Others of this lane are still at work; some may finish at once. None: nothing to wait for.
+                        await asyncio.sleep(DRAIN_S)
                 except TimeoutError:
                     pass
                 mailbox.ready.clear()
