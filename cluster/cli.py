@@ -6,6 +6,7 @@ finished, and leaves no process of ours behind.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -298,7 +299,7 @@ def _status_of(cluster: state.ClusterState) -> dict[str, Any]:
             told = ray.get(launch.controller().status.remote(), timeout=10)
         except (RolloutError, ray.exceptions.RayError, TimeoutError) as error:
             return {**base, "error": str(error).splitlines()[0]}
-    return {**base, **json.loads(json.dumps(told, default=vars))}
+    return {**base, **json.loads(json.dumps(told, default=dataclasses.asdict))}
 
 
 def _print_status(found: dict[str, Any]) -> None:

@@ -249,12 +249,8 @@ def reference_turns(task: Task) -> list[Turn]:
     turns: list[Turn] = []
     done = 0
     for group in groups:
-        operands = [
-            [results[x.index] if isinstance(x, ResultOf) else str(x) for x in (op.a, op.b)] for op in group
-        ]
-        calls = "\n".join(
-            tool_call_text(op.tool, *values) for op, values in zip(group, operands, strict=True)
-        )
+        operands = [[results[x.index] if isinstance(x, ResultOf) else str(x) for x in (op.a, op.b)] for op in group]
+        calls = "\n".join(tool_call_text(op.tool, *values) for op, values in zip(group, operands, strict=True))
         thought = ""
         if not turns:
             steps = [_THOUGHTS[op.tool].format(*values) for op, values in zip(group, operands, strict=True)]

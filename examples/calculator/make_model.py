@@ -403,9 +403,7 @@ def train(
                 if rate > TARGET_BAND[1]:
                     progress.console.print("[yellow]above the band: lower PLAY_FROM[/yellow]")
                 return candidate
-    raise RuntimeError(
-        f"After {MAX_STEPS} steps the model still solves less than {TARGET_BAND[0]:.0%} of tasks."
-    )
+    raise RuntimeError(f"After {MAX_STEPS} steps the model still solves less than {TARGET_BAND[0]:.0%} of tasks.")
 
 
 # --- Episodes ----------------------------------------------------------------------------------------------
@@ -555,9 +553,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make or check the calculator demo model.")
     parser.add_argument("--check", action="store_true", help="only play the shipped tasks")
     # More threads change the order of sums, and so the weights; this small model hardly gains from them.
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads (default: 1, as for the shipped one)"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, as for the shipped one)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)

@@ -91,9 +91,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         *(USER, assistant("", "add", ADD)),
         *({"role": "user", "content": "<tool_response>\n229\n</tool_response>"}, assistant("229.", "done")),
     ],
-    "parts": [
-        {"role": "user", "content": [{"type": "text", "text": part} for part in ("What is ", "1 + 1?")]}
-    ],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": part} for part in ("What is ", "1 + 1?")]}],
     "other scripts": [USER, assistant("Ответ: ２２９ 🙂", "e\u0301té", call("add", {"a": "é", "b": "日本"}))],
 }
 
