@@ -19,7 +19,7 @@ import psutil
 
 CONCURRENCY = (100, 1_000, 10_000)
 # Sessions of a point, at least: a small point repeats until its figure means something.
-SESSIONS = 10_000
+SESSIONS = 4_000
 # Simulated time of one generation: all sessions of a point are in flight together.
 DELAY_S = 0.5
 
