@@ -15,17 +15,6 @@ from tests.conftest import MODEL
 SLOW = AutoTokenizer.from_pretrained(MODEL)
 FAST = FastTokenizer(SLOW)
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "\n", " ", "é", "日本"]
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "\n",
-    " ",
-    "é",
-    "日本",
-]
 
 texts = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(SPECIALS))).map("".join)
 
