@@ -76,7 +76,8 @@ def test_ctrl_c_keeps_what_has_finished(cluster, tmp_path):
     process = subprocess.Popen(
         [
             sys.executable, "-m", "cluster", "run", str(CONFIG), "--tasks", str(TASKS), "--out", str(out),
-            "--group-size", "8",
+            # Long turns in large groups: minutes of work, of which a few seconds are let happen.
+            "--group-size", "16", "--set", "sampling.min_tokens=96",
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -89,6 +90,6 @@ def test_ctrl_c_keeps_what_has_finished(cluster, tmp_path):
     assert process.returncode == 130, errors
     table, _ = read_trajectories(out)
     reasons = set(table["stop_reason"].to_pylist())
-    assert "cancelled" in reasons and "stop" in reasons
-    assert len(set(table["trajectory_id"].to_pylist())) == 256 * 8, "every sample has its row"
+    assert "cancelled" in reasons and reasons - {"cancelled"}, reasons
+    assert len(set(table["trajectory_id"].to_pylist())) == 256 * 16, "every sample has its row"
     assert json.loads(rollout("status", "--json").stdout)[0]["alive"] is True
