@@ -122,7 +122,8 @@ class Controller:
         queued = self._scheduler.cancel_queued(run_name)
         self._deliver(run, [_unplayed(a, "cancelled", None) for a in queued])
         for name, trajectory_ids in self._scheduler.running_of(run_name).items():
-            await self._workers[name].cancel.remote(trajectory_ids)
+            # Not awaited: if the worker is dead or wedged, its collect loop says so, and nothing of the run restarts.
+            self._workers[name].cancel.remote(trajectory_ids)
 
     async def forget(self, run_name: str) -> None:
         """Drop a finished run."""

@@ -19,12 +19,14 @@ from typing import Any
 from actors.messages import Delivery, Progress, RunSpec
 from cluster.config import ClusterConfig
 from cluster.launch import controller
-from rollout.errors import ConfigError
+from rollout.errors import ConfigError, RolloutError
 from rollout.tasks import Task
 from rollout.trajectory_file import TrajectoryWriter
 
 # How often the caller hears of progress, in seconds.
 POLL_SECONDS = 0.25
+# A controller that does not answer a call within this time is as good as dead.
+CALL_SECONDS = 120.0
 # After an interrupt, cancelled sessions get this long to hand in what they have.
 DRAIN_SECONDS = 15.0
 
@@ -78,8 +80,6 @@ def run_tasks(
     on_progress: OnProgress = lambda _progress, _seconds: None,
 ) -> JobResult:
     """Run tasks on the connected cluster until all have trajectories. Raises ConfigError without an environment."""
-    import ray
-
     if config.environment is None:
         raise ConfigError("the config names no environment; add `environment: {path: module:Class}`")
     spec = RunSpec(
@@ -96,9 +96,9 @@ def run_tasks(
     started = time.monotonic()
     with TrajectoryWriter(out, info, overwrite=overwrite) as writer, _interrupts() as asked:
         deadline = float("inf")
-        ray.get(handle.submit.remote(spec, tasks))
+        _ask(handle.submit.remote(spec, tasks))
         while True:
-            delivery: Delivery = ray.get(handle.take.remote(spec.run, POLL_SECONDS))
+            delivery: Delivery = _ask(handle.take.remote(spec.run, POLL_SECONDS))
             if delivery.table is not None:
                 writer.write(delivery.table)
             on_progress(delivery.progress, time.monotonic() - started)
@@ -106,11 +106,23 @@ def run_tasks(
                 break
             if asked and deadline == float("inf"):
                 deadline = time.monotonic() + DRAIN_SECONDS
-                ray.get(handle.cancel.remote(spec.run))
+                _ask(handle.cancel.remote(spec.run))
         seconds = time.monotonic() - started
     if delivery.finished:
-        ray.get(handle.forget.remote(spec.run))
+        _ask(handle.forget.remote(spec.run))
     return JobResult(writer.path, delivery.progress, seconds, bool(asked))
+
+
+def _ask(reference: Any) -> Any:
+    """The controller's answer. Raises RolloutError where there is none in time."""
+    import ray
+
+    try:
+        return ray.get(reference, timeout=CALL_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise RolloutError(
+            f"the controller did not answer within {CALL_SECONDS:g} s; see `rollout status` and the logs it names"
+        ) from None
 
 
 @contextmanager

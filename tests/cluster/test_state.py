@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,11 +189,24 @@ def test_no_session_is_nobodys_session():
     assert pids(cluster(session_id=0)) == set()
 
 
-def test_this_process_is_never_ended(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(ID_VARIABLE, ID)
-    session = os.getsid(0)
-    ours = cluster(session_id=session, session_started=psutil.Process(session).create_time())
-    assert os.getpid() not in pids(ours)
+def test_this_process_is_never_ended():
+    # In a session of its own: this one's may have been made outside the container, where it has no number here.
+    script = """
+import os, psutil, signal, time
+from tests.cluster.test_state import cluster, pids
+ours = cluster(session_id=os.getpid(), session_started=psutil.Process().create_time())
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+found = pids(ours)
+os.kill(child, signal.SIGKILL)
+print(os.getpid() in found, child in found)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True, timeout=60
+    )
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_a_process_that_ignores_the_request_is_killed(spawn: Spawn, monkeypatch: pytest.MonkeyPatch):
