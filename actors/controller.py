@@ -171,7 +171,7 @@ class Controller:
         return name
 
     def _admit(self, name: str) -> None:
-        self._scheduler.add_worker(name, self._settings.worker.max_sessions)
+        self._scheduler.add_worker(name, self._settings.worker.capacity)
         self._keep(self._collect_from(name))
         self._dispatch()
 

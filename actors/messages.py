@@ -12,6 +12,9 @@ from rollout.limits import Limits
 from rollout.mcp_config import McpServerConfig
 from rollout.sampling import Sampling
 
+# Sessions that wait at a worker for a slot, as a share of those that play.
+PREFETCH = 0.5
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -40,6 +43,16 @@ class WorkerSettings:
     sticky_margin: int
     mcp_servers: dict[str, McpServerConfig]
     max_sessions: int
+    """Sessions that play at once."""
+
+    @property
+    def capacity(self) -> int:
+        """Sessions that a worker holds: those that play, and a few that follow at once when one ends.
+
+        Without them each ending costs a round over the controller (30 ms); with too many, one worker would sit on
+        work while another is idle.
+        """
+        return self.max_sessions + max(1, int(self.max_sessions * PREFETCH))
 
 
 @dataclass(frozen=True)

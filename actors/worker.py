@@ -50,6 +50,8 @@ class SessionWorker:
         self._engine: EngineClient | None = None
         self._environments: dict[tuple[str, str], EnvironmentFactory] = {}
         self._sessions: dict[str, asyncio.Task[None]] = {}
+        # More sessions are held than play: one that ends is followed by the next without asking the controller.
+        self._slots = asyncio.Semaphore(settings.max_sessions)
         self._finished: list[tuple[Trajectory, int]] = []
         self._some_finished = asyncio.Event()
         self._lag = LoopLag()
@@ -126,7 +128,8 @@ class SessionWorker:
     async def _play(self, spec: RunSpec, assignment: Assignment) -> None:
         key = assignment.key
         try:
-            trajectory = await self._session(spec, assignment).run()
+            async with self._slots:
+                trajectory = await self._session(spec, assignment).run()
         except Exception as failure:
             # Before there was a session: its environment could not be loaded.
             trajectory = _failed(assignment, failure)
