@@ -313,10 +313,13 @@ def _wait_for_engines(config: ClusterConfig, started: float, failures: list[Base
     from deployments.app import APP, DEPLOYMENT
 
     while True:
-        if failures:
-            raise LaunchError(f"the engines failed to start: {failures[0]}")
+        failed = bool(failures)
         status = serve.status().applications.get(APP)
         deployment = status.deployments.get(DEPLOYMENT) if status is not None else None
+        if failed:
+            # Serve's exception says only that it failed; the deployment knows why.
+            why = deployment.message if deployment is not None and deployment.message else failures[0]
+            raise LaunchError(f"the engines failed to start: {why}")
         running = sum(n for s, n in deployment.replica_states.items() if s == "RUNNING") if deployment else 0
         report(_engines(config, running))
         if status is not None and status.status == "RUNNING" and running >= config.engine.replicas:
@@ -384,4 +387,6 @@ def log_tail(cluster: ClusterState, lines: int = 15) -> str:
 
 def _first_cause(failure: BaseException) -> str:
     text = str(failure).strip()
+    if isinstance(failure, LaunchError) and text:
+        return text
     return text.splitlines()[-1] if text else type(failure).__name__
