@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-
-from actors.scheduler import Counts
+from rollout.api import RunRequest
 from rollout.limits import Limits
 from rollout.mcp_config import McpServerConfig
 from rollout.sampling import Sampling
@@ -25,9 +23,6 @@ class RunSpec:
     environment_args: dict[str, Any]
     sampling: Sampling
     limits: Limits
-    group_size: int = 8
-    submitted_at: float = 0.0
-    """Unix time, for the queue figure."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +60,20 @@ class ControllerSettings:
     max_concurrent_sessions: int | None
     start_timeout: float
     """Seconds for workers to start, and for engines to become ready."""
+    journal_path: str
+    journal_sync: bool
+    run_defaults: RunRequest
+    """What runs take from the config where they say nothing."""
     worker_env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Summary:
-    """What the controller must know of a finished attempt without opening its arrays."""
+    """What the controller must know of a finished attempt without opening its arrays. Plain JSON in the journal."""
 
-    trajectory_id: str
+    run: str
+    group_id: str
+    sample_index: int
     attempt: int
     retryable: bool
     stop_reason: str
@@ -82,9 +83,15 @@ class Summary:
     num_segments: int
     tool_calls: int
     tool_errors: int
-    error: str | None
+    oldest_version: int | None
+    """Lowest policy version of its sampled tokens; None where there are none."""
     first_row: int
     num_rows: int
+
+    @property
+    def trajectory_id(self) -> str:
+        """See rollout.trajectory.SessionKey."""
+        return f"{self.group_id}/{self.sample_index}"
 
 
 @dataclass(slots=True)
@@ -105,46 +112,10 @@ class WorkerStats:
 
 @dataclass(slots=True)
 class Collected:
-    """Finished attempts of one worker: rows of the record, and a summary for each attempt."""
+    """Finished attempts of one worker."""
 
-    table: pa.Table | None
+    rows: bytes | None
+    """Rows of the record as an Arrow IPC stream: what the journal keeps as it is. None where nothing finished."""
     summaries: list[Summary]
+    """One for each attempt, with its place in `rows`."""
     stats: WorkerStats
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is."""
-
-    counts: Counts
-    tokens: int = 0
-    """Tokens sampled in finished trajectories."""
-    turns: int = 0
-    tool_calls: int = 0
-    tool_errors: int = 0
-    forks: int = 0
-    scored: int = 0
-    reward_sum: float = 0.0
-    stop_reasons: dict[str, int] = field(default_factory=dict)
-    workers_lost: int = 0
-    workers: list[WorkerStats] = field(default_factory=list)
-
-    @property
-    def mean_reward(self) -> float | None:
-        """Mean over scored trajectories; None before the first."""
-        return self.reward_sum / self.scored if self.scored else None
-
-    @property
-    def failures(self) -> int:
-        """Trajectories that ended as `error`."""
-        return self.stop_reasons.get("error", 0)
-
-
-@dataclass(slots=True)
-class Delivery:
-    """Finished trajectories of a run, handed over once, and how far it is."""
-
-    table: pa.Table | None
-    progress: Progress
-    finished: bool
-    """Nothing is queued, running or undelivered."""

@@ -12,16 +12,15 @@ import logging
 import time
 
 import psutil
-import pyarrow as pa
 
 from actors.engine_client import EngineClient, EngineInfo
 from actors.loop_lag import LoopLag
-from actors.messages import Collected, RunSpec, Summary, WorkerSettings, WorkerStats
+from actors.messages import Collected, RunSpec, WorkerSettings, WorkerStats
+from actors.rows import to_rows
 from actors.scheduler import Assignment
 from rollout.environment import EnvironmentFactory, load_environment
 from rollout.errors import describe
 from rollout.mcp_tools import McpServers
-from rollout.record import to_table
 from rollout.rendering import load_renderer
 from rollout.session import Session
 from rollout.tool_calls import abandoned_threads
@@ -45,14 +44,14 @@ class SessionWorker:
         self._chat = load_renderer(settings.model, settings.renderer, settings.renderer_options, settings.revision)
         self._chat.warm_up()
         # The first table loads pandas (a second): not on the event loop, with sessions waiting.
-        to_table([Trajectory(SessionKey("", "", "", 0), [], "stop", [])])
+        to_rows([Trajectory(SessionKey("", "", "", 0), [], "stop", [])])
         self._mcp = McpServers(settings.mcp_servers)
         self._engine: EngineClient | None = None
         self._environments: dict[tuple[str, str], EnvironmentFactory] = {}
         self._sessions: dict[str, asyncio.Task[None]] = {}
         # More sessions are held than play: one that ends is followed by the next without asking the controller.
         self._slots = asyncio.Semaphore(settings.max_sessions)
-        self._finished: list[tuple[Trajectory, int]] = []
+        self._finished: list[Trajectory] = []
         self._some_finished = asyncio.Event()
         self._lag = LoopLag()
         self._lag_task: asyncio.Task[None] | None = None
@@ -74,6 +73,11 @@ class SessionWorker:
     async def renderer_name(self) -> str:
         """Which renderer was chosen."""
         return self._chat.name
+
+    async def forget_run(self, run: str) -> None:
+        """A run is gone, and with it its environments."""
+        for key in [key for key in self._environments if key[0] == run]:
+            del self._environments[key]
 
     async def start(self, spec: RunSpec, assignments: list[Assignment]) -> None:
         """Begin sessions; returns at once."""
@@ -100,8 +104,10 @@ class SessionWorker:
             pass
         self._some_finished.clear()
         finished, self._finished = self._finished, []
-        table, summaries = _write_down(finished)
-        return Collected(table, summaries, self.stats())
+        if not finished:
+            return Collected(None, [], self.stats())
+        rows, summaries = to_rows(finished)
+        return Collected(rows, summaries, self.stats())
 
     def stats(self) -> WorkerStats:
         """This worker's figures now."""
@@ -139,7 +145,7 @@ class SessionWorker:
             self._sessions.pop(key.trajectory_id, None)
             if self._engine is not None:
                 self._engine.forget(key.trajectory_id)
-        self._finished.append((trajectory, assignment.attempt))
+        self._finished.append(trajectory)
         self._some_finished.set()
 
     def _session(self, spec: RunSpec, assignment: Assignment) -> Session:
@@ -160,7 +166,7 @@ class SessionWorker:
             limits=spec.limits,
             mcp=self._mcp,
             attempt=assignment.attempt,
-            queue_s=max(0.0, time.time() - spec.submitted_at) if spec.submitted_at else 0.0,
+            queue_s=max(0.0, time.time() - assignment.queued_at) if assignment.queued_at else 0.0,
         )
 
 
@@ -173,49 +179,4 @@ def _failed(assignment: Assignment, failure: Exception) -> Trajectory:
         error=describe(failure),
         metadata=assignment.task.metadata,
         attempts=assignment.attempt,
-    )
-
-
-def _write_down(finished: list[tuple[Trajectory, int]]) -> tuple[pa.Table | None, list[Summary]]:
-    """Trajectories as one table. One that cannot be written becomes an `error` row; the others are untouched."""
-    if not finished:
-        return None, []
-    try:
-        table = to_table([trajectory for trajectory, _ in finished])
-    except Exception:
-        finished = [(_writable(trajectory), attempt) for trajectory, attempt in finished]
-        table = to_table([trajectory for trajectory, _ in finished])
-    summaries = []
-    row = 0
-    for trajectory, attempt in finished:
-        rows = max(1, len(trajectory.segments))
-        summaries.append(_summary(trajectory, attempt, row, rows))
-        row += rows
-    return table, summaries
-
-
-def _writable(trajectory: Trajectory) -> Trajectory:
-    try:
-        to_table([trajectory])
-    except Exception as failure:
-        logger.exception("trajectory %s cannot be written", trajectory.key.trajectory_id)
-        return Trajectory(trajectory.key, [], "error", [], error=describe(failure), attempts=trajectory.attempts)
-    return trajectory
-
-
-def _summary(trajectory: Trajectory, attempt: int, first_row: int, num_rows: int) -> Summary:
-    return Summary(
-        trajectory_id=trajectory.key.trajectory_id,
-        attempt=attempt,
-        retryable=trajectory.retryable,
-        stop_reason=trajectory.stop_reason,
-        reward=trajectory.reward,
-        num_sampled=trajectory.num_sampled,
-        num_turns=sum(turn.role == "assistant" for segment in trajectory.segments for turn in segment.turns),
-        num_segments=len(trajectory.segments),
-        tool_calls=len(trajectory.tool_calls),
-        tool_errors=sum(not call.ok for call in trajectory.tool_calls),
-        error=trajectory.error,
-        first_row=first_row,
-        num_rows=num_rows,
     )

@@ -60,26 +60,25 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
 def _play(controller: Any, episodes: int, run: str) -> float:
     import ray
 
-    from actors.messages import Delivery, RunSpec
+    from rollout.api import LeaseRequest, RunRequest
     from rollout.limits import Limits
 
     # A model of random mood may write a tool call; it is answered, and the episode has its three turns all the same.
     limits = Limits(max_turns=TURNS, engine_seconds=300)
-    spec = RunSpec(run, WORK, {}, SAMPLING, limits, group_size=1, submitted_at=time.time())
+    request = RunRequest.model_validate(
+        {"name": run, "environment": {"path": WORK}, "sampling": SAMPLING, "limits": limits, "group_size": 1}
+    )
+    ray.get(controller.create_run.remote(request))
     tasks = make_tasks(episodes)
     started = time.perf_counter()
-    ray.get(controller.submit.remote(spec, tasks))
-    rows = sampled = 0
-    while True:
-        delivery: Delivery = ray.get(controller.take.remote(run, 5.0))
-        if delivery.table is not None:
-            rows += delivery.table.num_rows
-        if delivery.finished:
-            break
+    ray.get(controller.submit.remote(run, tasks))
+    batch = ray.get(controller.lease.remote(run, LeaseRequest(groups=episodes, timeout=300)))
+    ray.get(controller.acknowledge.remote(batch.lease_id))
     seconds = time.perf_counter() - started
-    sampled = delivery.progress.tokens
+    info = ray.get(controller.run_info.remote(run))
     expected = episodes * TURNS * TOKENS_PER_TURN
-    assert (rows, sampled) == (episodes, expected), f"{rows} rows, {sampled} tokens: {delivery.progress}"
+    found = (batch.table.num_rows, info.tokens)
+    assert found == (episodes, expected), f"{found[0]} rows, {found[1]} tokens: {info}"
     ray.get(controller.forget.remote(run))
     return seconds
 
@@ -137,7 +136,10 @@ def _cluster(
                 mcp_servers={},
                 max_sessions=concurrent,
             )
-            settings = ControllerSettings(worker, 1, 1, None, 300.0, {"HF_HUB_OFFLINE": "1"})
+            journal = f"{node.temp_dir}/journal-{concurrent}.sqlite"
+            settings = ControllerSettings(
+                worker, 1, 1, None, 300.0, journal, True, config.run_defaults(), {"HF_HUB_OFFLINE": "1"}
+            )
             controllers[concurrent] = ray.remote(Controller).options(max_concurrency=100).remote(settings)
             ray.get(controllers[concurrent].spawn_workers.remote())
             ray.get(controllers[concurrent].connect.remote())

@@ -1,4 +1,4 @@
-"""The command line: `rollout up|status|down|run|show|check|demo`.
+"""The command line: `rollout up|status|down|run|eval|show|check|demo`.
 
 Invariant: a failure is one clear message on standard error and exit code 1; Ctrl-C ends with 130, keeps what has
 finished, and leaves no process of ours behind.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from cluster import state
 from rollout.errors import RolloutError
 from rollout.tasks import read_tasks
 from rollout.trajectory_file import FILE_NAME, read_trajectories
+
+if TYPE_CHECKING:
+    from cluster.job import JobResult
 
 app = typer.Typer(
     name="rollout",
@@ -84,7 +87,9 @@ def up(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> 
     else:
         out.print(f"cluster [bold]{started.name}[/bold] is up; Ray at {started.address}", highlight=False)
         hints = (
-            f"roll out:  rollout run {config} --tasks FILE.jsonl --out DIR\nstop it:   rollout down {started.name}"
+            f"roll out:  rollout run {config} --tasks FILE.jsonl --out DIR\n"
+            f"trainers:  RolloutClient({started.gateway!r})\n"
+            f"stop it:   rollout down {started.name}"
         )
         out.print(hints, style="dim", highlight=False)
 
@@ -93,8 +98,9 @@ def up(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> 
 def down(
     name: Annotated[str | None, typer.Argument(help="The cluster's name; not needed where there is one.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Stop all clusters that `up` started.")] = False,
+    forget: Annotated[bool, typer.Option(help="Drop its runs and weights too; the next `up` begins anew.")] = False,
 ) -> None:
-    """Stop what `up` started, and nothing else on the machine."""
+    """Stop what `up` started, and nothing else on the machine. Runs go on with the next `up`, unless --forget."""
     from cluster import launch
 
     known = state.load_all()
@@ -104,7 +110,7 @@ def down(
     chosen = known if every else [_one(known, name)]
     for cluster in chosen:
         with _steps() as report:
-            ended = launch.down(cluster, report)
+            ended = launch.down(cluster, report, forget=forget)
         err.print(f"cluster [bold]{cluster.name}[/bold] is down, {ended} processes ended", highlight=False)
 
 
@@ -135,6 +141,42 @@ def run(
     """Roll out a task file: on the config's cluster if it is up, else on one that lives as long as this command."""
     loaded_tasks = read_tasks(tasks)[:limit]
     _run(config, overrides, loaded_tasks, directory, group_size, overwrite, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    config: Config,
+    tasks: Annotated[Path, typer.Option("--tasks", help="Task file, one JSON object a line.")],
+    n: Annotated[int, typer.Option("--n", min=1, max=1024, help="Attempts at each task.")],
+    ks: Annotated[
+        list[int] | None, typer.Option("--k", help="Of pass@k; several allowed. 1, 2, 4, … if none.")
+    ] = None,
+    directory: Annotated[Path, typer.Option("--out", help="Directory for trajectories and scores.")] = Path(
+        "out/eval"
+    ),
+    pass_threshold: Annotated[float, typer.Option(help="The reward from which an attempt has passed.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first tasks of the file.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the directory holds.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Roll out every task n times and score it: pass@k and mean reward with an interval, overall and by tag."""
+    from cluster import evaluate as scoring
+
+    loaded_tasks = scoring.prepare(tasks, n=n, ks=ks, pass_threshold=pass_threshold, limit=limit)
+    if overwrite:
+        scoring.forget_scores(directory)
+    result = _roll_out(config, overrides, loaded_tasks, directory, n, overwrite)
+    found = scoring.evaluate_directory(directory, loaded_tasks, n=n, ks=ks, pass_threshold=pass_threshold)
+    if as_json:
+        out.print_json(data={"job": result.summary(), "evaluation": found.to_json()})
+    else:
+        out.print(scoring.evaluation_view(found))
+        out.print(f"[dim]written to {directory}[/dim]", highlight=False, soft_wrap=True)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if not found.overall.scored:
+        raise RolloutError(f"nothing could be scored: {found.warnings[0]}")
 
 
 @app.command()
@@ -206,31 +248,9 @@ def _run(
     as_json: bool,
     look: bool = False,
 ) -> None:
-    from cluster import launch
-    from cluster.job import run_tasks
-    from cluster.progress import closing_table, job_progress
+    from cluster.progress import closing_table
 
-    config = _load(path, overrides, check_engine=False)
-    if config.environment is None:
-        raise RolloutError(f"{path}: environment: is missing; name one as `environment: {{path: module:Class}}`")
-    if (directory / FILE_NAME).exists() and not overwrite:
-        raise RolloutError(f"{directory} already holds trajectories; choose another directory or --overwrite")
-    cluster = state.load(config.name)
-    ours = cluster is None or not launch.is_alive(cluster)
-    try:
-        if ours:
-            with _steps() as report:
-                cluster = launch.up(config, path, report, verify=lambda: _load(path, overrides))
-        assert cluster is not None
-        with launch.connected(cluster), job_progress(err) as on_progress:
-            result = run_tasks(
-                config, tasks, directory, group_size=group_size, overwrite=overwrite, on_progress=on_progress
-            )
-    finally:
-        if ours and (left := state.load(config.name)) is not None:
-            with _steps() as report:
-                report("stopping the cluster")
-                launch.down(left, report)
+    result = _roll_out(path, overrides, tasks, directory, group_size, overwrite)
     if as_json:
         out.print_json(data=result.summary())
     else:
@@ -244,6 +264,42 @@ def _run(
             out.print(f"[dim]look at others:  rollout show {result.path} --list[/dim]", highlight=False)
     if result.interrupted:
         raise KeyboardInterrupt
+
+
+def _roll_out(
+    path: Path,
+    overrides: list[str] | None,
+    tasks: list[Any],
+    directory: Path,
+    group_size: int | None,
+    overwrite: bool,
+) -> JobResult:
+    """Roll out on the config's cluster if it is up, else on one that ends with this call."""
+    from cluster import launch
+    from cluster.job import run_tasks
+    from cluster.progress import job_progress
+
+    config = _load(path, overrides, check_engine=False)
+    if config.environment is None:
+        raise RolloutError(f"{path}: environment: is missing; name one as `environment: {{path: module:Class}}`")
+    if (directory / FILE_NAME).exists() and not overwrite:
+        raise RolloutError(f"{directory} already holds trajectories; choose another directory or --overwrite")
+    cluster = state.load(config.name)
+    ours = cluster is None or not launch.is_alive(cluster)
+    try:
+        if ours:
+            with _steps() as report:
+                cluster = launch.up(config, path, report, verify=lambda: _load(path, overrides), lasting=False)
+        assert cluster is not None
+        with launch.connected(cluster), job_progress(err) as on_progress:
+            return run_tasks(
+                config, tasks, directory, group_size=group_size, overwrite=overwrite, on_progress=on_progress
+            )
+    finally:
+        if ours and (left := state.load(config.name)) is not None:
+            with _steps() as report:
+                report("stopping the cluster")
+                launch.down(left, report)
 
 
 def _load(path: Path, overrides: list[str] | None, *, check_engine: bool = True) -> Any:
@@ -284,7 +340,7 @@ def _decoder(model: str | None) -> Callable[[list[int]], str] | None:
 
 
 def _status_of(cluster: state.ClusterState) -> dict[str, Any]:
-    from cluster import launch
+    from cluster import deploy, launch
 
     base: dict[str, Any] = {
         "name": cluster.name, "address": cluster.address, "config": cluster.config_path, "logs": cluster.log_file,
@@ -296,7 +352,7 @@ def _status_of(cluster: state.ClusterState) -> dict[str, Any]:
 
     with launch.connected(cluster):
         try:
-            told = ray.get(launch.controller().status.remote(), timeout=10)
+            told = ray.get(deploy.controller().status.remote(), timeout=10)
         except (RolloutError, ray.exceptions.RayError, TimeoutError) as error:
             return {**base, "error": str(error).splitlines()[0]}
     return {**base, **json.loads(json.dumps(told, default=dataclasses.asdict))}

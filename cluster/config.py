@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cluster.yaml_places import FieldPath
+from rollout.api import EnvironmentRef, RunRequest
 from rollout.errors import ConfigError
 from rollout.limits import Limits
 from rollout.mcp_config import McpServerConfig
@@ -36,6 +37,7 @@ _OWN_ARGUMENTS = {
     "model": "is set by model.path",
     "served_model_name": "is set by model.name",
     "revision": "is set by model.revision",
+    "worker_extension_cls": "is the project's: weights are loaded and read back by it",
     "distributed_executor_backend": "is chosen by the project: Ray on GPUs, processes on CPU; remove it",
 }
 
@@ -198,6 +200,28 @@ class RunConfig(_Section):
     """None: as many as the workers hold."""
 
 
+class JournalConfig(_Section):
+    """What must survive a death: tasks, leases, finished trajectories, the current weights."""
+
+    path: str | None = None
+    """SQLite file; None: one for each cluster name in the state directory (`rollout status` says where). On a disk
+    that outlives the controller's node, if that may die."""
+    sync: bool = True
+    """Every commit reaches the disk itself, so that nothing is lost with the machine's power; false: nothing is lost
+    when processes die."""
+
+
+class GatewayConfig(_Section):
+    """The HTTP address of the cluster."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    """Loopback only by default: there are no keys yet."""
+    port: int = Field(default=8800, ge=1, le=65535)
+    max_body_mb: int = Field(default=64, ge=1, le=4096)
+    """Largest request body."""
+
+
 class RayConfig(_Section):
     """The Ray cluster to run on."""
 
@@ -229,6 +253,8 @@ class ClusterConfig(_Section):
     sampling: Sampling = Field(default_factory=Sampling)
     limits: Limits = Field(default_factory=Limits)
     run: RunConfig = Field(default_factory=RunConfig)
+    journal: JournalConfig = Field(default_factory=JournalConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     pythonpath: list[str] = Field(default_factory=list)
     """Directories put on the workers' import path (`load_config` makes them absolute)."""
@@ -270,6 +296,16 @@ class ClusterConfig(_Section):
         return (
             f"{self.engine.ranks} ranks on {cores} core(s) of this machine: lower engine.vllm.tensor_parallel_size, "
             f'or set engine.env.{OMP_BINDING} to one core list per rank, such as "0|1"'
+        )
+
+    def run_defaults(self) -> RunRequest:
+        """What a run takes from this file where its request says nothing."""
+        environment = self.environment
+        return RunRequest(
+            environment=None if environment is None else EnvironmentRef(path=environment.path, args=environment.args),
+            sampling=self.sampling,
+            limits=self.limits,
+            group_size=self.run.group_size,
         )
 
     def replica_env(self) -> dict[str, str]:

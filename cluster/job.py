@@ -1,7 +1,7 @@
 """A batch job: tasks in, trajectories on disk.
 
-Invariant: a trajectory that the controller handed over is on disk before more is asked for in `close`; an
-interrupt ends the sessions that run, keeps what has finished, and leaves the cluster as it was.
+Invariant: a batch is acknowledged only when it is on disk, so that every trajectory that the cluster gave away is in
+the file once; an interrupt ends the sessions that run, keeps what has finished, and leaves the cluster as it was.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.messages import Delivery, Progress, RunSpec
+from actors.messages import WorkerStats
 from cluster.config import ClusterConfig
-from cluster.launch import controller
+from cluster.deploy import controller
+from rollout.api import MAX_TASKS_PER_CALL, Batch, LeaseRequest, NoBatch, RunInfo
 from rollout.errors import ConfigError, RolloutError
 from rollout.tasks import Task
 from rollout.trajectory_file import TrajectoryWriter
 
 # How often the caller hears of progress, in seconds.
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.5
+# Groups taken at once.
+BATCH_GROUPS = 1_024
 # A controller that does not answer a call within this time is as good as dead.
 CALL_SECONDS = 120.0
 # After an interrupt, cancelled sessions get this long to hand in what they have.
 DRAIN_SECONDS = 15.0
 
-OnProgress = Callable[[Progress, float], None]
+OnProgress = Callable[[RunInfo, float], None]
 """Progress so far and seconds since the start."""
 
 
@@ -39,34 +42,42 @@ class JobResult:
     """What a job came to."""
 
     path: Path
-    progress: Progress
+    info: RunInfo
     seconds: float
     interrupted: bool
+    workers: list[WorkerStats] = field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:
         """Sampled tokens per second of the whole job."""
-        return self.progress.tokens / self.seconds if self.seconds else 0.0
+        return self.info.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def sessions(self) -> int:
+        """How many were asked for."""
+        return self.info.submitted * self.info.group_size
 
     def summary(self) -> dict[str, Any]:
         """The result as plain data, for --json."""
-        progress = self.progress
+        info = self.info
         return {
             "path": str(self.path),
-            "trajectories": progress.counts.done,
-            "submitted": progress.counts.total,
+            "run": info.run,
+            "trajectories": info.sessions_done,
+            "submitted": self.sessions,
             "interrupted": self.interrupted,
             "seconds": round(self.seconds, 3),
-            "tokens": progress.tokens,
+            "tokens": info.tokens,
             "tokens_per_s": round(self.tokens_per_s, 1),
-            "turns": progress.turns,
-            "tool_calls": progress.tool_calls,
-            "tool_errors": progress.tool_errors,
-            "forks": progress.forks,
-            "mean_reward": progress.mean_reward,
-            "stop_reasons": progress.stop_reasons,
-            "retried": progress.counts.retried,
-            "failures": progress.failures,
+            "turns": info.turns,
+            "tool_calls": info.tool_calls,
+            "tool_errors": info.tool_errors,
+            "forks": info.forks,
+            "mean_reward": info.mean_reward,
+            "stop_reasons": info.stop_reasons,
+            "retried": info.sessions_retried,
+            "failures": info.failures,
+            "policy_version": info.policy_version,
         }
 
 
@@ -77,48 +88,59 @@ def run_tasks(
     *,
     group_size: int | None = None,
     overwrite: bool = False,
-    on_progress: OnProgress = lambda _progress, _seconds: None,
+    on_progress: OnProgress = lambda _info, _seconds: None,
 ) -> JobResult:
     """Run tasks on the connected cluster until all have trajectories. Raises ConfigError without an environment."""
-    if config.environment is None:
+    request = config.run_defaults()
+    environment = request.environment
+    if environment is None:
         raise ConfigError("the config names no environment; add `environment: {path: module:Class}`")
-    spec = RunSpec(
-        run=f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
-        environment=config.environment.path,
-        environment_args=dict(config.environment.args),
-        sampling=config.sampling,
-        limits=config.limits,
-        group_size=group_size or config.run.group_size,
-        submitted_at=time.time(),
-    )
-    info = {"run": spec.run, "model": config.model.path, "environment": spec.environment}
+    name = f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    given = {"name": name, **({"group_size": group_size} if group_size else {})}
+    request = request.model_copy(update=given)
+    about = {"run": name, "model": config.model.path, "environment": environment.path}
     handle = controller()
     started = time.monotonic()
-    with TrajectoryWriter(out, info, overwrite=overwrite) as writer, _interrupts() as asked:
-        deadline = float("inf")
-        _ask(handle.submit.remote(spec, tasks))
-        while True:
-            delivery: Delivery = _ask(handle.take.remote(spec.run, POLL_SECONDS))
-            if delivery.table is not None:
-                writer.write(delivery.table)
-            on_progress(delivery.progress, time.monotonic() - started)
-            if delivery.finished or time.monotonic() > deadline:
-                break
-            if asked and deadline == float("inf"):
-                deadline = time.monotonic() + DRAIN_SECONDS
-                _ask(handle.cancel.remote(spec.run))
+    with TrajectoryWriter(out, about, overwrite=overwrite) as writer, _interrupts() as asked:
+        _ask(handle.create_run.remote(request))
+        for start in range(0, len(tasks), MAX_TASKS_PER_CALL):
+            _ask(handle.submit.remote(name, tasks[start : start + MAX_TASKS_PER_CALL]))
+        info = _take_all(handle, name, writer, asked, lambda info: on_progress(info, time.monotonic() - started))
         seconds = time.monotonic() - started
-    if delivery.finished:
-        _ask(handle.forget.remote(spec.run))
-    return JobResult(writer.path, delivery.progress, seconds, bool(asked))
+    workers = _ask(handle.status.remote())["workers"]
+    _ask(handle.forget.remote(name))
+    return JobResult(writer.path, info, seconds, bool(asked), workers)
+
+
+def _take_all(
+    handle: Any, name: str, writer: TrajectoryWriter, asked: list[int], on_info: Callable[[RunInfo], None]
+) -> RunInfo:
+    """Batches to disk until there are none, or until the patience after an interrupt is over."""
+    deadline = float("inf")
+    while True:
+        lease = LeaseRequest(groups=BATCH_GROUPS, min_groups=1, timeout=POLL_SECONDS, request_id=uuid.uuid4().hex)
+        answer: Batch | NoBatch = _ask(handle.lease.remote(name, lease))
+        if isinstance(answer, Batch):
+            writer.write(answer.table)
+            writer.flush()
+            _ask(handle.acknowledge.remote(answer.lease_id))
+        info: RunInfo = _ask(handle.run_info.remote(name))
+        on_info(info)
+        if info.finished or time.monotonic() > deadline:
+            return info
+        if asked and deadline == float("inf"):
+            deadline = time.monotonic() + DRAIN_SECONDS
+            _ask(handle.cancel.remote(name))
 
 
 def _ask(reference: Any) -> Any:
-    """The controller's answer. Raises RolloutError where there is none in time."""
+    """The controller's answer. Raises what it raised, or RolloutError where there is none in time."""
     import ray
 
     try:
         return ray.get(reference, timeout=CALL_SECONDS)
+    except ray.exceptions.RayTaskError as failure:
+        raise failure.cause if isinstance(failure.cause, RolloutError) else failure from None
     except ray.exceptions.GetTimeoutError:
         raise RolloutError(
             f"the controller did not answer within {CALL_SECONDS:g} s; see `rollout status` and the logs it names"

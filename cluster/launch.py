@@ -12,35 +12,23 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from cluster import state
 from cluster.config import ClusterConfig
+from cluster.deploy import LaunchError, Report, deploy, gateway_address, journal_path, undeploy
 from cluster.ray_auth import use_token
 from cluster.state import ClusterState
 from rollout.errors import RolloutError
 
-CONTROLLER = "controller"
 RAY_START_SECONDS = 60.0
-# Serve's clean end lets engines close their sockets; what is left after it is ended by signal anyway.
-SERVE_SHUTDOWN_SECONDS = 10.0
-
-Report = Callable[[str], None]
-"""Told, in a few words, what is being waited for."""
-
-
-class LaunchError(RolloutError):
-    """The cluster did not come up; nothing of it is left."""
-
-    category = "launch"
 
 
 def up(
@@ -48,11 +36,14 @@ def up(
     config_path: Path | str,
     report: Report = lambda _: None,
     verify: Callable[[], object] | None = None,
+    *,
+    lasting: bool = True,
 ) -> ClusterState:
     """Start a cluster and wait until it is ready. Raises LaunchError (with the end of the log) or RolloutError.
 
     `verify` runs while Ray starts, before anything else is started; what it raises ends the start. Checking the
-    engine's arguments belongs there: it imports vLLM, which takes as long as Ray.
+    engine's arguments belongs there: it imports vLLM, which takes as long as Ray. A cluster that is not `lasting`
+    keeps its journal among its temporary files: nobody comes back for its runs.
     """
     if (existing := state.load(config.name)) is not None:
         if is_alive(existing):
@@ -65,7 +56,7 @@ def up(
             verify()
         _wait_for_ray(cluster, report)
         with connected(cluster, patience=RAY_START_SECONDS):
-            _deploy(config, report)
+            deploy(config, cluster, report, lasting)
     except BaseException as failure:
         tail = log_tail(cluster)
         report("cleaning up")
@@ -75,12 +66,18 @@ def up(
         if isinstance(failure, RolloutError) and not isinstance(failure, LaunchError):
             raise
         raise LaunchError(f"{_first_cause(failure)}{tail}") from failure
+    if lasting:
+        address = gateway_address(config) if config.gateway.enabled else ""
+        cluster = replace(cluster, gateway=address, journal=str(journal_path(config)))
     state.save(cluster)
     return cluster
 
 
-def down(cluster: ClusterState, report: Report = lambda _: None) -> int:
-    """Stop a cluster, dead or alive, and forget it. Returns the number of processes that were ended."""
+def down(cluster: ClusterState, report: Report = lambda _: None, *, forget: bool = False) -> int:
+    """Stop a cluster, dead or alive. Returns the number of processes that were ended.
+
+    Its journal stays, and the next `up` goes on with its runs, unless `forget`.
+    """
     ended = 0
     if cluster.owns_ray:
         report("ending its processes")
@@ -90,7 +87,10 @@ def down(cluster: ClusterState, report: Report = lambda _: None) -> int:
     elif is_alive(cluster):
         report("stopping the controller and the engines")
         with connected(cluster):
-            _undeploy()
+            undeploy()
+    if forget and cluster.journal:
+        for suffix in ("", "-wal", "-shm"):
+            Path(cluster.journal + suffix).unlink(missing_ok=True)
     state.remove(cluster.name)
     return ended
 
@@ -147,18 +147,6 @@ def connected(cluster: ClusterState, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def controller() -> Any:
-    """The handle of the connected cluster's controller. Raises RolloutError if it is not there."""
-    import ray
-
-    try:
-        return ray.get_actor(CONTROLLER)
-    except ValueError:
-        raise RolloutError(
-            "the cluster has no controller; it may have been stopped, start it with `rollout up`"
-        ) from None
 
 
 def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -> ClusterState:
@@ -236,123 +224,6 @@ def _node_environment(config: ClusterConfig, cluster_id: str) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def _deploy(config: ClusterConfig, report: Report) -> None:
-    import ray
-    from ray import serve
-
-    from actors.controller import Controller
-    from actors.messages import ControllerSettings, WorkerSettings
-    from deployments.app import APP, DEPLOYMENT, EngineSpec, build_engine_app
-
-    started = time.monotonic()
-    settings = ControllerSettings(
-        worker=WorkerSettings(
-            model=config.model.path,
-            revision=config.model.revision,
-            renderer=config.model.renderer,
-            renderer_options=config.model.renderer_options,
-            app=APP,
-            deployment=DEPLOYMENT,
-            sticky_margin=config.engine.sticky_margin,
-            mcp_servers=dict(config.mcp_servers),
-            max_sessions=config.workers.sessions,
-        ),
-        num_workers=config.workers.count,
-        max_attempts=config.run.max_attempts,
-        max_concurrent_sessions=config.run.max_concurrent_sessions,
-        start_timeout=config.engine.start_seconds,
-        worker_env={"HF_HUB_OFFLINE": "1"} if config.model.is_local else {},
-    )
-    handle = (
-        ray.remote(Controller)
-        .options(name=CONTROLLER, lifetime="detached", num_cpus=1, max_concurrency=1000)
-        .remote(settings)
-    )
-    # The workers load the tokenizer while the engines load the weights.
-    workers = handle.spawn_workers.remote()
-    report(_engines(config, 0))
-    serve.start(proxy_location="Disabled")
-    app = build_engine_app(
-        EngineSpec(
-            model=config.model.path,
-            served_name=config.model.name,
-            engine_kwargs=config.llm_engine_kwargs(),
-            env=config.replica_env(),
-            device=config.engine.device,
-            replicas=config.engine.replicas,
-            accelerator_type=config.engine.accelerator_type,
-            warmup=config.engine.warmup,
-        )
-    )
-    # `serve.run` waits without a deadline and says nothing; so it waits in a thread, and we watch.
-    failures: list[BaseException] = []
-    threading.Thread(target=_serve_run, args=(app, failures), daemon=True).start()
-    _wait_for_engines(config, started, failures, report)
-    report("connecting the session workers")
-    left = max(1.0, config.engine.start_seconds - (time.monotonic() - started))
-    ray.get(workers, timeout=left)
-    ray.get(handle.connect.remote(), timeout=left)
-
-
-def _serve_run(app: Any, failures: list[BaseException]) -> None:
-    from ray import serve
-
-    from deployments.app import APP
-
-    try:
-        serve.run(app, name=APP, route_prefix=None)
-    except BaseException as failure:
-        failures.append(failure)
-
-
-def _wait_for_engines(config: ClusterConfig, started: float, failures: list[BaseException], report: Report) -> None:
-    from ray import serve
-
-    from deployments.app import APP, DEPLOYMENT
-
-    while True:
-        failed = bool(failures)
-        status = serve.status().applications.get(APP)
-        deployment = status.deployments.get(DEPLOYMENT) if status is not None else None
-        if failed:
-            # Serve's exception says only that it failed; the deployment knows why.
-            why = deployment.message if deployment is not None and deployment.message else failures[0]
-            raise LaunchError(f"the engines failed to start: {why}")
-        running = sum(n for s, n in deployment.replica_states.items() if s == "RUNNING") if deployment else 0
-        report(_engines(config, running))
-        if status is not None and status.status == "RUNNING" and running >= config.engine.replicas:
-            return
-        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise LaunchError(f"the engines failed to start: {status.message or (deployment and deployment.message)}")
-        if time.monotonic() - started > config.engine.start_seconds:
-            message = deployment.message if deployment is not None else "nothing was scheduled"
-            raise LaunchError(
-                f"{running} of {config.engine.replicas} engine replicas were ready within engine.start_seconds = "
-                f"{config.engine.start_seconds:g}: {message}"
-            )
-        time.sleep(0.25)
-
-
-def _engines(config: ClusterConfig, running: int) -> str:
-    engine = config.engine
-    return f"loading the engine (TP={engine.tensor_parallel_size}, {running}/{engine.replicas} ready)"
-
-
-def _undeploy() -> None:
-    import ray
-    from ray import serve
-
-    from deployments.app import APP
-
-    try:
-        handle = controller()
-        ray.get(handle.stop.remote(), timeout=SERVE_SHUTDOWN_SECONDS)
-        ray.kill(handle)
-    except (RolloutError, ray.exceptions.RayError):
-        pass
-    serve.delete(APP)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from actors.messages import Progress as RunProgress
+from cluster.deploy import Report
 from cluster.job import JobResult, OnProgress
-from cluster.launch import Report
+from rollout.api import RunInfo
 
 # Where the output is no terminal, a line is printed this often instead of a moving bar, in seconds.
 PLAIN_SECONDS = 5.0
@@ -63,9 +63,9 @@ def job_progress(console: Console) -> Iterator[OnProgress]:
     ) as view:
         task = view.add_task("rollouts", total=None, line="")
 
-        def report(progress: RunProgress, seconds: float) -> None:
-            counts = progress.counts
-            view.update(task, completed=counts.done, total=counts.total, line=_line(progress, seconds))
+        def report(info: RunInfo, seconds: float) -> None:
+            total = info.submitted * info.group_size
+            view.update(task, completed=info.sessions_done, total=total, line=_line(info, seconds))
 
         yield report
 
@@ -73,56 +73,53 @@ def job_progress(console: Console) -> Iterator[OnProgress]:
 def _plain_progress(console: Console) -> OnProgress:
     last = 0.0
 
-    def report(progress: RunProgress, seconds: float) -> None:
+    def report(info: RunInfo, seconds: float) -> None:
         nonlocal last
-        counts = progress.counts
-        if seconds - last >= PLAIN_SECONDS or counts.done == counts.total:
+        total = info.submitted * info.group_size
+        if seconds - last >= PLAIN_SECONDS or info.finished:
             last = seconds
-            line = _line(progress, seconds)
-            console.print(f"rollouts {counts.done}/{counts.total}  {line}", highlight=False)
+            console.print(f"rollouts {info.sessions_done}/{total}  {_line(info, seconds)}", highlight=False)
 
     return report
 
 
-def _line(progress: RunProgress, seconds: float) -> str:
-    reward = progress.mean_reward
+def _line(info: RunInfo, seconds: float) -> str:
+    reward = info.mean_reward
     parts = [
-        f"{progress.counts.running} running",
-        f"{progress.tokens / seconds if seconds else 0:,.0f} tok/s",
+        f"{info.sessions_running} running",
+        f"{info.tokens / seconds if seconds else 0:,.0f} tok/s",
         f"reward {'–' if reward is None else f'{reward:.3f}'}",
-        f"{progress.failures} failed",
+        f"{info.failures} failed",
     ]
-    if progress.counts.retried:
-        parts.append(f"{progress.counts.retried} retried")
+    if info.sessions_retried:
+        parts.append(f"{info.sessions_retried} retried")
     return "  ".join(parts)
 
 
 def closing_table(result: JobResult, table: pa.Table) -> Table:
     """The figures of a finished job."""
-    progress = result.progress
+    info = result.info
     view = Table(title="rollouts", box=None, show_header=False, title_justify="left", title_style="bold")
     view.add_column(style="dim")
     view.add_column()
-    counts = progress.counts
+    done = info.sessions_done
     groups = len(pc.unique(table["group_id"])) if table.num_rows else 0
-    view.add_row("trajectories", f"{counts.done} of {counts.total} in {groups} groups, {table.num_rows} segments")
-    view.add_row("time", f"{result.seconds:.1f} s, {counts.done / max(result.seconds, 1e-9):.1f} trajectories/s")
-    view.add_row(
-        "sampled", f"{progress.tokens:,} tokens in {progress.turns:,} turns, {result.tokens_per_s:,.0f} tok/s"
-    )
-    if progress.scored:
-        view.add_row("reward", f"{progress.mean_reward:.3f} mean over {progress.scored} scored{_mixed(table)}")
+    view.add_row("trajectories", f"{done} of {result.sessions} in {groups} groups, {table.num_rows} segments")
+    view.add_row("time", f"{result.seconds:.1f} s, {done / max(result.seconds, 1e-9):.1f} trajectories/s")
+    view.add_row("sampled", f"{info.tokens:,} tokens in {info.turns:,} turns, {result.tokens_per_s:,.0f} tok/s")
+    if info.scored:
+        view.add_row("reward", f"{info.mean_reward:.3f} mean over {info.scored} scored{_mixed(table)}")
     else:
         view.add_row("reward", "none was scored")
-    view.add_row("ended by", ", ".join(f"{name} {n}" for name, n in _ordered(progress.stop_reasons)))
-    view.add_row("tool calls", f"{progress.tool_calls:,}, {progress.tool_errors:,} of them failed")
+    view.add_row("ended by", ", ".join(f"{name} {n}" for name, n in _ordered(info.stop_reasons)))
+    view.add_row("tool calls", f"{info.tool_calls:,}, {info.tool_errors:,} of them failed")
     if table.num_rows:
         lengths = pc.list_value_length(table["response_ids"])
         view.add_row("response", f"{pc.mean(lengths).as_py():.0f} tokens mean, {pc.max(lengths).as_py()} longest")
         view.add_row("seconds", _timing(table))
-    if progress.counts.retried or progress.workers_lost:
-        view.add_row("deaths", f"{counts.retried} attempts repeated, {progress.workers_lost} workers lost")
-    lag = max((worker.loop_lag_p99_s for worker in progress.workers), default=0.0)
+    if info.sessions_retried or info.workers_lost:
+        view.add_row("deaths", f"{info.sessions_retried} attempts repeated, {info.workers_lost} workers lost")
+    lag = max((worker.loop_lag_p99_s for worker in result.workers), default=0.0)
     view.add_row("event loop lag", f"{1000 * lag:.0f} ms p99")
     view.add_row("written to", Text(str(result.path)))
     return view

@@ -44,6 +44,10 @@ class ClusterState:
     """Process id of the Ray node's leader, which is the session id of all its descendants; 0: not ours."""
     session_started: float = 0.0
     """When that leader started (seconds since the epoch, as psutil gives it)."""
+    gateway: str = ""
+    """URL of its gateway; empty where it has none."""
+    journal: str = ""
+    """File of its journal; empty where that goes with the cluster."""
     owns_ray: bool = True
     """Whether the Ray under it was started by us, and so ends with it."""
 

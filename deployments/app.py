@@ -14,6 +14,8 @@ from actors.lane_router import LaneRouter
 
 APP = "engine"
 DEPLOYMENT = "engine"
+# What vLLM mixes into its workers; by name, as it is imported in their processes.
+RANK_WEIGHTS = "deployments.rank_weights.RankWeights"
 
 # Serve's defaults (10 s) leave a dead engine listed for up to 40 s; these find it within about 10.
 HEALTH_CHECK_PERIOD_S = 3.0
@@ -40,6 +42,8 @@ class EngineSpec:
     replicas: int = 1
     accelerator_type: str | None = None
     warmup: bool = True
+    controller: str | None = None
+    """"namespace/name" of the actor that starting replicas ask for the current weights; None: those of the model."""
 
 
 def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
@@ -53,7 +57,7 @@ def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
 
     config = LLMConfig(
         model_loading_config={"model_id": spec.served_name, "model_source": spec.model},
-        engine_kwargs=dict(spec.engine_kwargs),
+        engine_kwargs={**spec.engine_kwargs, "worker_extension_cls": RANK_WEIGHTS},
         runtime_env={"env_vars": dict(spec.env)},
         accelerator_config={"kind": spec.device},
         accelerator_type=spec.accelerator_type,
@@ -72,7 +76,7 @@ def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
     return build_llm_deployment(
         config,
         deployment_cls=engine_cls or RolloutEngine,
-        bind_kwargs={"warmup": spec.warmup},
+        bind_kwargs={"warmup": spec.warmup, "controller": spec.controller},
         override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": START_ATTEMPTS},
     )
 

@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
@@ -20,8 +21,10 @@ from ray.serve.llm.deployment import LLMServer
 
 from actors.engine_client import EngineInfo
 from actors.lanes import Answer
+from deployments.replica_weights import ReplicaUpdater
 from rollout.engine import GenerateRequest, Generation, VersionSpan
 from rollout.errors import EngineDied, EngineError, EngineRefused
+from rollout.weights import CheckpointSource, LoraSource, ReplicaWeights, WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ DRAIN_S = 0.003
 REPORT_S = 1.0
 # Deadline of the first generation, compilation of CPU kernels included.
 WARMUP_TIMEOUT_S = 300.0
+# A starting replica waits so long for a controller that is being started again.
+CONTROLLER_SECONDS = 120.0
+CONTROLLER_CALL_SECONDS = 10.0
 
 
 class RolloutVLLMEngine(VLLMEngine):
@@ -67,14 +73,22 @@ class RolloutEngine(LLMServer):
 
     _default_engine_cls = RolloutVLLMEngine
 
-    async def __init__(self, llm_config: Any, *, warmup: bool = True) -> None:  # type: ignore[misc]
-        """Start the engine and generate once. Raises what vLLM raises."""
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: Any, *, warmup: bool = True, controller: str | None = None
+    ) -> None:
+        """Start the engine, load the current weights, and generate once. Raises what vLLM raises.
+
+        `controller`: "namespace/name" of the actor that knows the current weights; None: those of the model.
+        """
         await super().__init__(llm_config)
         self._mailboxes: dict[str, _Mailbox] = {}
         self._in_flight = 0
         self._version = 0
         # The engine's own label must be a number from the first token on; vLLM calls it "default".
         await self._client.update_weight_version(str(self._version))
+        self._updater = ReplicaUpdater(_replica_name(), self._client, self._served(), self._set_version)
+        if controller is not None:
+            await self._catch_up(controller)
         if warmup:
             await self._warm_up()
 
@@ -91,6 +105,68 @@ class RolloutEngine(LLMServer):
             tensor_parallel_size=config.parallel_config.tensor_parallel_size,
             version=self._version,
         )
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces a replica for which this raises."""
+        await super().check_health()
+        if self._updater.broken is not None:
+            raise EngineDied(self._updater.broken)
+
+    # Weights
+
+    async def check_weights(self, source: WeightSource) -> None:
+        """Raises WeightsRefused for weights that cannot be loaded here. Changes nothing."""
+        await self._updater.check(source)
+
+    async def update_weights(self, source: WeightSource, version: int) -> ReplicaWeights:
+        """Freeze, load, read back on every rank, go on. Raises WeightsRefused, EngineError."""
+        return await self._updater.apply(source, version)
+
+    async def weights(self) -> ReplicaWeights:
+        """What every rank carries, read back now."""
+        return await self._updater.current()
+
+    async def give_up(self) -> None:
+        """Let Serve replace this replica: it cannot be brought to the current weights."""
+        self._updater.broken = self._updater.broken or "it could not be brought to the current weights"
+
+    def _set_version(self, version: int) -> None:
+        self._version = version
+
+    def _served(self) -> Path:
+        """The directory of the model's own checkpoint; hub models are in the local cache once they are loaded."""
+        model = self._client.vllm_config.model_config.model
+        if Path(model).is_dir():
+            return Path(model)
+        from huggingface_hub import snapshot_download
+
+        revision = self._client.vllm_config.model_config.revision
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+
+    async def _catch_up(self, controller: str) -> None:
+        """Load what the cluster serves now, before this replica counts as ready."""
+        import ray
+
+        namespace, _, name = controller.partition("/")
+        deadline = asyncio.get_running_loop().time() + CONTROLLER_SECONDS
+        while True:
+            try:
+                handle = ray.get_actor(name, namespace)
+                async with asyncio.timeout(CONTROLLER_CALL_SECONDS):
+                    version, source = await handle.current_weights.remote()
+                break
+            except (ValueError, TimeoutError, ray.exceptions.RayError) as failure:
+                # It may be on its way back.
+                if asyncio.get_running_loop().time() > deadline:
+                    raise EngineError(
+                        f"the controller does not say which weights are current: {failure}"
+                    ) from failure
+                await asyncio.sleep(1.0)
+        if version > 0 and isinstance(source, CheckpointSource | LoraSource):
+            await self._updater.apply(source, version)
+            logger.info("caught up with version %d", version)
+
+    # Lanes
 
     async def submit(self, lane_id: str, requests: Sequence[GenerateRequest]) -> None:
         """Start generations; their answers come over `results(lane_id)`."""
@@ -161,7 +237,8 @@ class RolloutEngine(LLMServer):
             # Keys computed under other weights must never be found again: the version salts the prefix cache.
             prompt = tokens_input(request.prompt_ids.tolist(), cache_salt=str(self._version))
             final = None
-            async for output in self._client.generate(prompt, params, request.request_id):
+            stream = self._client.generate(prompt, params, request.request_id, lora_request=self._updater.lora)
+            async for output in stream:
                 final = output
         except EngineDeadError as failure:
             raise EngineDied(f"the engine of this replica is dead: {failure}") from None
@@ -177,6 +254,16 @@ class RolloutEngine(LLMServer):
         async with asyncio.timeout(WARMUP_TIMEOUT_S):
             await self._generate(request)
         logger.info("warm after %.1f s", time.perf_counter() - started)
+
+
+def _replica_name() -> str:
+    """Serve's id of this replica; empty outside Serve."""
+    from ray import serve
+
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except Exception:
+        return ""
 
 
 def to_sampling_params(sampling: dict[str, Any]) -> Any:

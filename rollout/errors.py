@@ -104,6 +104,73 @@ class WorkerDied(RolloutError):
     retryable = True
 
 
+class ApiError(RolloutError):
+    """A request of a trainer that cannot be served. `status` is its HTTP status, `field` what is wrong."""
+
+    category = "api"
+    status = 400
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message, field)
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NotFoundError(ApiError):
+    """There is no such run, lease or task."""
+
+    category = "not_found"
+    status = 404
+
+
+class ConflictError(ApiError):
+    """The request contradicts what is there: another task under the same id, a lease that has expired."""
+
+    category = "conflict"
+    status = 409
+
+
+class RefusedError(ApiError):
+    """The request is well-formed and cannot be done: a checkpoint of another shape, an unknown environment."""
+
+    category = "refused"
+    status = 422
+
+
+class BusyError(ApiError):
+    """Too much at once. The same request may succeed in `retry_after` seconds."""
+
+    category = "busy"
+    status = 429
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.args = (message, retry_after)
+        self.retry_after = retry_after
+
+
+class UnavailableError(ApiError):
+    """A part of the cluster is not there at this moment; it is being started again."""
+
+    category = "unavailable"
+    status = 503
+
+
+class JournalError(RolloutError):
+    """The journal cannot be read or written. Nothing is acknowledged that is not on disk."""
+
+    category = "journal"
+
+
+class WeightsRefused(RolloutError):
+    """New weights that do not fit the served model, or are not whole. Nothing was loaded."""
+
+    category = "weights"
+
+
 def describe(error: BaseException) -> str:
     """`category: message` for the trajectory's `error` column, bounded in length.
 

@@ -84,7 +84,7 @@ def request(request_id: str) -> GenerateRequest:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await asyncio.sleep(0.001)
 
 
@@ -117,7 +117,7 @@ def call(lane: Lane, request_id: str, timeout: float = 5.0) -> asyncio.Task[Gene
 async def test_calls_that_become_ready_together_leave_together(
     lane: Lane, remote: FakeRemote, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(lanes, "FLUSH_S", 0.03)
+    monkeypatch.setattr(lanes, "FLUSH_S", 0.3)
     first, second = call(lane, "a"), call(lane, "b")
     await asyncio.sleep(0.005)
     third = call(lane, "c")

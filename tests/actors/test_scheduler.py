@@ -2,322 +2,305 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from actors.scheduler import Assignment, Counts, Scheduler
+from actors.scheduler import Assignment, Counts, QueuedGroup, Scheduler
 from rollout.tasks import Task
 
 
-def tasks(*ids: str) -> list[Task]:
-    return [Task(task_id=task_id, messages=[{"role": "user", "content": "x"}]) for task_id in ids]
+def group(run: str, task_id: str, size: int = 2) -> QueuedGroup:
+    task = Task(task_id=task_id, messages=[{"role": "user", "content": "x"}])
+    return QueuedGroup(f"{run}/{task_id}", task, range(size), 5.0)
 
 
 def names(assignments: list[Assignment]) -> list[tuple[str, int]]:
     return [(a.key.trajectory_id, a.attempt) for a in assignments]
 
 
-def scheduler(*task_ids: str, group_size: int = 1, max_attempts: int = 2, limit: int | None = None) -> Scheduler:
+def scheduler(*task_ids: str, size: int = 1, max_attempts: int = 2, limit: int | None = None) -> Scheduler:
     made = Scheduler(max_attempts, limit)
-    made.submit("r", tasks(*task_ids), group_size)
+    made.add_run("r")
+    for task_id in task_ids:
+        made.queue("r", group("r", task_id, size))
     return made
 
 
-def test_groups_are_queued_whole_and_in_order():
-    made = Scheduler(1)
-    keys = made.submit("r", tasks("a", "b"), 2)
-    assert [(k.trajectory_id, k.group_id, k.task_id, k.sample_index) for k in keys] == [
-        ("r/a/0", "r/a", "a", 0),
-        ("r/a/1", "r/a", "a", 1),
-        ("r/b/0", "r/b", "b", 0),
-        ("r/b/1", "r/b", "b", 1),
-    ]
-    assert made.counts("r") == Counts(total=4, queued=4)
+def test_groups_start_whole_and_in_order():
+    made = scheduler("a", "b", size=2)
+    assert made.counts("r") == Counts(queued=4)
     made.add_worker("w", 3)
     assert {w: names(a) for w, a in made.assign().items()} == {"w": [("r/a/0", 1), ("r/a/1", 1), ("r/b/0", 1)]}
-    assert made.counts("r") == Counts(total=4, queued=1, running=3)
+    assert made.counts("r") == Counts(queued=1, running=3)
     assert made.assign() == {}
-    assert made.run_of("r/b/1") == "r"
     made.audit()
 
 
-def test_a_group_is_submitted_once():
+def test_an_assignment_says_since_when_it_waited():
     made = scheduler("a")
-    with pytest.raises(ValueError, match="task_id 'a' was already submitted to run 'r'"):
-        made.submit("r", tasks("a"), 1)
-    made.submit("other", tasks("a"), 1)
-    assert made.counts("r") == Counts(total=1, queued=1)
-    made.audit()
+    made.add_worker("w", 1)
+    assert made.assign()["w"][0].queued_at == 5.0
 
 
-@pytest.mark.parametrize("second", [("b", "a"), ("b", "c", "b")], ids=["seen before", "twice in one call"])
-def test_a_refused_submission_leaves_nothing_behind(second: tuple[str, ...]):
-    made = scheduler("a")
-    with pytest.raises(ValueError):
-        made.submit("r", tasks(*second), 2)
-    assert made.counts("r") == Counts(total=1, queued=1)
+def test_a_group_starts_only_when_it_is_admitted():
+    made = scheduler("a", "b", size=2)
+    made.add_worker("w", 9)
+    asked = []
+    assert names(made.assign(lambda run, g: asked.append(g) or g.endswith("a"))["w"]) == [("r/a/0", 1), ("r/a/1", 1)]
+    assert asked == ["r/a", "r/b"], "once each, in order"
+    assert names(made.assign()["w"]) == [("r/b/0", 1), ("r/b/1", 1)]
+
+
+def test_some_samples_of_a_group_only():
+    made = Scheduler(1)
+    made.add_run("r")
+    task = Task(task_id="a", messages=[{"role": "user", "content": "x"}])
+    made.queue("r", QueuedGroup("r/a", task, [1, 3]))
+    made.add_worker("w", 9)
+    assert names(made.assign()["w"]) == [("r/a/1", 1), ("r/a/3", 1)]
 
 
 def test_the_least_loaded_worker_comes_first():
-    made = scheduler(*"abcdef")
-    made.add_worker("small", 2)
-    made.add_worker("large", 4)
-    assert {w: len(a) for w, a in made.assign().items()} == {"small": 2, "large": 4}
-    made = scheduler(*"abcd")
-    made.add_worker("small", 2)
-    made.add_worker("large", 4)
-    assert {w: len(a) for w, a in made.assign().items()} == {"small": 1, "large": 3}
+    made = scheduler("a", "b", "c", "d")
+    made.add_worker("small", 1)
+    made.add_worker("large", 3)
+    given = made.assign()
+    assert {name: len(a) for name, a in given.items()} == {"large": 3, "small": 1}
+    assert names(given["large"])[0] == ("r/a/0", 1)
 
 
 def test_no_more_run_at_once_than_allowed():
-    made = scheduler(*"abcde", limit=2)
-    made.add_worker("w", 100)
-    assert [names(a) for a in made.assign().values()] == [[("r/a/0", 1), ("r/b/0", 1)]]
-    assert made.assign() == {}
-    assert made.finished("r/a/0", 1, retryable=False) is True
-    assert [names(a) for a in made.assign().values()] == [[("r/c/0", 1)]]
+    made = scheduler("a", "b", "c", limit=2)
+    made.add_worker("w", 9)
+    assert len(made.assign()["w"]) == 2
+    assert made.finished("w", "r/a/0", 1, retryable=False)
+    assert len(made.assign()["w"]) == 1
 
 
-def test_without_workers_everything_waits():
-    made = scheduler("a")
+def test_runs_share_workers_by_their_shares():
+    made = Scheduler(1)
+    for run, share in (("one", 1.0), ("three", 3.0)):
+        made.add_run(run, share)
+        for number in range(40):
+            made.queue(run, group(run, f"t{number}", 1))
+    made.add_worker("w", 16)
+    given = Counter(a.key.run for a in made.assign()["w"])
+    assert given == {"one": 4, "three": 12}
+
+
+def test_a_run_that_is_held_back_does_not_hold_back_others():
+    made = Scheduler(1)
+    for run in ("a", "b"):
+        made.add_run(run)
+        made.queue(run, group(run, "t", 1))
+    made.add_worker("w", 4)
+    assert names(made.assign(lambda run, _: run == "b")["w"]) == [("b/t/0", 1)]
+
+
+def test_a_paused_run_starts_nothing_and_goes_on_later():
+    made = scheduler("a", size=2)
+    made.add_worker("w", 1)
+    made.assign()
+    made.pause("r", True)
+    assert made.finished("w", "r/a/0", 1, retryable=False)
     assert made.assign() == {}
-    made.add_worker("full", 0)
-    assert made.assign() == {}
-    assert made.counts("r") == Counts(total=1, queued=1)
+    made.pause("r", False)
+    assert names(made.assign()["w"]) == [("r/a/1", 1)]
 
 
 def test_a_retryable_end_runs_again_before_others_until_attempts_run_out():
     made = scheduler("a", "b", max_attempts=2)
     made.add_worker("w", 1)
     made.assign()
-    assert made.finished("r/a/0", 1, retryable=True) is False
-    assert made.counts("r") == Counts(total=2, queued=2, retried=1)
+    assert not made.finished("w", "r/a/0", 1, retryable=True)
+    assert made.counts("r") == Counts(queued=2, retried=1)
     assert names(made.assign()["w"]) == [("r/a/0", 2)]
-    assert made.finished("r/a/0", 2, retryable=True) is True, "the last attempt is kept, whatever it was"
-    assert made.counts("r") == Counts(total=2, queued=1, done=1, retried=1)
+    assert made.finished("w", "r/a/0", 2, retryable=True), "there is no third attempt: its trajectory is kept"
     made.audit()
 
 
 def test_answers_that_are_stale_unknown_or_repeated_are_ignored():
-    made = scheduler("a", max_attempts=3)
-    assert made.finished("r/a/0", 0, retryable=False) is False, "it was never started"
-    made.add_worker("w1", 1)
-    made.assign()
-    made.worker_lost("w1")
-    assert made.finished("r/a/0", 1, retryable=False) is False, "queued again: the old attempt is void"
-    made.add_worker("w2", 1)
-    assert names(made.assign()["w2"]) == [("r/a/0", 2)]
-    assert made.finished("r/a/0", 1, retryable=False) is False
-    assert made.finished("r/a/0", 2, retryable=False) is True
-    assert made.finished("r/a/0", 2, retryable=False) is False
-    assert made.finished("r/zzz/0", 1, retryable=False) is False
-    assert made.counts("r") == Counts(total=1, done=1, retried=1)
+    made = scheduler("a")
+    made.add_worker("w", 1)
+    made.add_worker("v", 1)
+    ((name, _),) = made.assign().items()
+    other = {"w": "v", "v": "w"}[name]
+    assert not made.finished(other, "r/a/0", 1, retryable=False), "another worker's"
+    assert not made.finished(name, "r/a/0", 2, retryable=False), "another attempt's"
+    assert not made.finished(name, "r/z/0", 1, retryable=False)
+    assert made.finished(name, "r/a/0", 1, retryable=False)
+    assert not made.finished(name, "r/a/0", 1, retryable=False)
+    assert made.counts("r") == Counts(done=1)
 
 
-def test_a_lost_worker_gives_back_what_it_held_and_gives_up_what_has_no_attempts_left():
-    made = scheduler("a", "b", max_attempts=2)
-    made.add_worker("w1", 2)
+def test_a_lost_worker_gives_back_what_it_held_in_order_and_gives_up_what_has_no_attempts_left():
+    made = scheduler("a", "b", "c", max_attempts=2)
+    made.add_worker("w", 2)
     made.assign()
-    assert made.worker_lost("w1") == []
-    assert made.counts("r") == Counts(total=2, queued=2, retried=2)
-    made.add_worker("w2", 1)
-    (again,) = made.assign()["w2"]
-    assert again.attempt == 2
-    given_up = made.worker_lost("w2")
-    assert names(given_up) == [(again.key.trajectory_id, 2)] and given_up[0].task == again.task
-    assert made.counts("r") == Counts(total=2, queued=1, done=1, retried=2)
-    assert made.worker_lost("w2") == [] and made.worker_lost("never there") == []
+    assert made.worker_lost("w") == []
+    made.add_worker("v", 3)
+    assert names(made.assign()["v"]) == [("r/a/0", 2), ("r/b/0", 2), ("r/c/0", 1)]
+    assert names(made.worker_lost("v")) == [("r/a/0", 2), ("r/b/0", 2)]
+    assert made.counts("r") == Counts(queued=1, done=2, retried=3)
+    assert made.worker_lost("v") == []
     made.audit()
 
 
-def test_cancelling_takes_the_queued_of_one_run():
-    made = scheduler("a", "b", max_attempts=2)
-    made.submit("other", tasks("a"), 1)
-    made.add_worker("w", 1)
+def test_a_withdrawn_group_frees_its_places_when_its_sessions_have_ended():
+    made = scheduler("a", "b", size=3)
+    made.add_worker("w", 2)
     made.assign()
-    made.worker_lost("w")  # r/a/0 is queued again, for its second attempt
-    made.add_worker("w", 1)
-    made.assign()
-    made.worker_lost("w")
-    assert made.counts("r") == Counts(total=2, queued=1, done=1, retried=1)
-    assert names(made.cancel_queued("r")) == [("r/b/0", 1)]
-    assert made.counts("r") == Counts(total=2, done=2, retried=1)
-    assert made.counts("other") == Counts(total=1, queued=1)
-    assert made.cancel_queued("r") == [] and made.cancel_queued("unknown") == []
+    assert made.withdraw("r", "r/a") == {"w": ["r/a/0", "r/a/1"]}
+    assert made.counts("r") == Counts(queued=3)
+    assert made.assign() == {}, "the worker still holds them"
+    assert not made.finished("w", "r/a/0", 1, retryable=False)
+    assert names(made.assign()["w"]) == [("r/b/0", 1)]
+    assert made.withdraw("r", "r/b") == {"w": ["r/b/0"]}
+    assert made.withdraw("r", "r/b") == {}
+    made.audit()
+
+
+def test_a_waiting_group_is_withdrawn_without_a_trace():
+    made = scheduler("a", "b")
+    assert made.withdraw("r", "r/a") == {}
+    assert made.counts("r") == Counts(queued=1)
     made.add_worker("w", 5)
-    assert names(made.assign()["w"]) == [("other/a/0", 1)]
-    assert made.running_of("other") == {"w": ["other/a/0"]} and made.running_of("r") == {}
-    made.audit()
+    assert names(made.assign()["w"]) == [("r/b/0", 1)]
 
 
-def test_a_run_is_forgotten_only_when_it_is_finished():
+def test_a_group_can_be_put_first():
     made = scheduler("a")
-    with pytest.raises(ValueError, match="run 'r' is not finished"):
-        made.forget("r")
+    made.queue("r", group("r", "urgent", 1), first=True)
     made.add_worker("w", 1)
+    assert names(made.assign()["w"]) == [("r/urgent/0", 1)]
+
+
+def test_ending_a_run_sorts_what_it_had():
+    made = scheduler("a", "b", "c", size=2)
+    made.add_worker("w", 3)
     made.assign()
-    with pytest.raises(ValueError, match="run 'r' is not finished"):
-        made.forget("r")
-    made.finished("r/a/0", 1, retryable=False)
-    made.forget("r")
-    assert made.counts("r") == Counts()
-    assert made.finished("r/a/0", 1, retryable=False) is False
-    with pytest.raises(KeyError):
-        made.run_of("r/a/0")
-    made.submit("r", tasks("a"), 1)
-    assert made.counts("r") == Counts(total=1, queued=1)
+    groups, unplayed, running = made.end_run("r")
+    assert [g.group_id for g in groups] == ["r/c"]
+    assert names(unplayed) == [("r/b/1", 1)]
+    assert running == {"w": ["r/a/0", "r/a/1", "r/b/0"]}
+    assert made.finished("w", "r/a/0", 1, retryable=True), "nothing is tried again"
+    assert made.worker_lost("w") != []
+    assert made.counts("r") == Counts(done=4)
     made.audit()
 
 
-def test_counts_are_a_copy():
-    made = scheduler("a")
-    made.counts("r").done = 99
-    assert made.counts("r").done == 0
+def test_a_removed_run_leaves_nothing():
+    made = scheduler("a", "b", size=2)
+    made.add_worker("w", 3)
+    made.assign()
+    assert {w: sorted(ids) for w, ids in made.remove_run("r").items()} == {"w": ["r/a/0", "r/a/1", "r/b/0"]}
+    assert not made.has_run("r") and made.counts("r") == Counts()
+    made.audit()
 
 
 def test_audit_notices_a_lost_sample():
-    made = scheduler("a", "b")
-    made._queue.pop()
-    with pytest.raises(AssertionError, match="r/b/0 is in 0 places"):
+    made = scheduler("a")
+    made.add_worker("w", 1)
+    made.assign()
+    made._workers["w"].running.clear()
+    with pytest.raises(AssertionError):
         made.audit()
 
 
-MAX_ATTEMPTS = 2
-MAX_CONCURRENT = 6
-
-
-class Cluster(RuleBasedStateMachine):
-    """Anything may happen in any order; each sample must reach done once, within its attempts.
-
-    The model beside the scheduler: who was told to run what, and what was done with it.
-    """
-
-    attempts = Bundle("attempts")
+class Machine(RuleBasedStateMachine):
+    """Random workers, runs, deaths and answers; every sample that is not withdrawn ends exactly once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(MAX_ATTEMPTS, MAX_CONCURRENT)
+        self.made = Scheduler(3, 7)
+        self.runs = ["x", "y"]
+        for run, share in zip(self.runs, (1.0, 2.5), strict=True):
+            self.made.add_run(run, share)
+        self.groups = 0
+        self.workers: list[str] = []
         self.serial = 0
-        self.workers: dict[str, int] = {}
-        self.submitted: dict[str, set[str]] = {"r": set(), "s": set()}
-        self.running: dict[tuple[str, int], str] = {}
-        """(sample, attempt) → worker, of attempts that are valid."""
-        self.started: dict[str, int] = {}
-        self.done: list[str] = []
-        self.cancelled: set[str] = set()
+        self.held: dict[str, tuple[str, int]] = {}
+        self.wanted: set[str] = set()
+        self.ended: Counter[str] = Counter()
 
-    def may_run_again(self, sample: str, attempt: int) -> bool:
-        return attempt < MAX_ATTEMPTS and sample.split("/")[0] not in self.cancelled
+    @rule(run=st.sampled_from(["x", "y"]), size=st.integers(1, 4), first=st.booleans())
+    def queue(self, run: str, size: int, first: bool) -> None:
+        queued = group(run, f"t{self.groups}", size)
+        self.groups += 1
+        self.made.queue(run, queued, first=first)
+        self.wanted |= {f"{queued.group_id}/{index}" for index in range(size)}
 
-    def next_name(self, prefix: str) -> str:
-        self.serial += 1
-        return f"{prefix}{self.serial}"
-
-    @rule(run=st.sampled_from("rs"), count=st.integers(1, 3), group_size=st.integers(1, 3))
-    def submit(self, run: str, count: int, group_size: int) -> None:
-        keys = self.scheduler.submit(run, tasks(*(self.next_name("t") for _ in range(count))), group_size)
-        assert len(keys) == count * group_size
-        self.submitted[run] |= {key.trajectory_id for key in keys}
-
-    @rule(capacity=st.integers(0, 4))
+    @precondition(lambda self: len(self.workers) < 4)
+    @rule(capacity=st.integers(1, 4))
     def add_worker(self, capacity: int) -> None:
-        name = self.next_name("w")
-        self.workers[name] = capacity
-        self.scheduler.add_worker(name, capacity)
+        self.serial += 1
+        self.workers.append(f"w{self.serial}")
+        self.made.add_worker(self.workers[-1], capacity)
 
-    @rule(target=attempts)
-    def assign(self):  # type: ignore[no-untyped-def]
-        given = []
-        for worker, assignments in self.scheduler.assign().items():
-            for a in assignments:
-                sample = a.key.trajectory_id
-                self.started[sample] = self.started.get(sample, 0) + 1
-                assert a.attempt == self.started[sample] <= MAX_ATTEMPTS
-                assert sample not in self.done, "what is done does not run again"
-                assert all(held != sample for held, _ in self.running), "no sample runs twice at once"
-                self.running[sample, a.attempt] = worker
-                given.append((sample, a.attempt))
-        return multiple(*given)
+    @rule(refuse=st.sampled_from(["", "x", "y"]))
+    def assign(self, refuse: str) -> None:
+        for worker, assignments in self.made.assign(lambda run, _: run != refuse).items():
+            for assignment in assignments:
+                trajectory_id = assignment.key.trajectory_id
+                assert trajectory_id not in self.held, "one sample, one session"
+                self.held[trajectory_id] = (worker, assignment.attempt)
 
-    def end(self, sample: str, attempt: int, retryable: bool) -> None:
-        valid = self.running.pop((sample, attempt), None) is not None
-        kept = self.scheduler.finished(sample, attempt, retryable=retryable)
-        assert kept == (valid and not (retryable and self.may_run_again(sample, attempt)))
-        if kept:
-            self.done.append(sample)
-
-    @rule(attempt=consumes(attempts), retryable=st.booleans())
-    def finish(self, attempt: tuple[str, int], retryable: bool) -> None:
-        self.end(*attempt, retryable)
-
-    @rule(attempt=attempts, retryable=st.booleans(), shift=st.integers(-1, 1))
-    def finish_stale_early_or_twice(self, attempt: tuple[str, int], retryable: bool, shift: int) -> None:
-        self.end(attempt[0], attempt[1] + shift, retryable)
-        self.end(attempt[0], attempt[1] + shift, retryable)
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), retryable=st.booleans())
+    def finish(self, data: st.DataObject, retryable: bool) -> None:
+        trajectory_id = data.draw(st.sampled_from(sorted(self.held)))
+        worker, attempt = self.held.pop(trajectory_id)
+        if self.made.finished(worker, trajectory_id, attempt, retryable=retryable):
+            self.ended[trajectory_id] += 1
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
-    def lose_a_worker(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.workers)))
-        del self.workers[worker]
-        held = {attempt for attempt, name in self.running.items() if name == worker}
-        given_up = {(a.key.trajectory_id, a.attempt) for a in self.scheduler.worker_lost(worker)}
-        assert given_up == {attempt for attempt in held if not self.may_run_again(*attempt)}
-        for attempt in held:
-            del self.running[attempt]
-        self.done += [sample for sample, _ in given_up]
+    def lose_worker(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(self.workers))
+        self.workers.remove(worker)
+        for assignment in self.made.worker_lost(worker):
+            self.ended[assignment.key.trajectory_id] += 1
+        self.held = {t: place for t, place in self.held.items() if place[0] != worker}
 
-    @rule(run=st.sampled_from("rs"))
-    def cancel(self, run: str) -> None:
-        queued = self.submitted[run] - set(self.done) - {sample for sample, _ in self.running}
-        taken = [a.key.trajectory_id for a in self.scheduler.cancel_queued(run)]
-        self.cancelled.add(run)
-        assert sorted(taken) == sorted(queued)
-        self.done += taken
+    @precondition(lambda self: self.groups)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, self.groups - 1))
+        for run in self.runs:
+            self.made.withdraw(run, f"{run}/t{number}")
+            mine = {t for t in self.wanted if t.startswith(f"{run}/t{number}/")}
+            self.wanted -= mine - self.ended.keys()
 
-    @rule(run=st.sampled_from("rs"))
-    def forget(self, run: str) -> None:
-        finished = self.submitted[run] <= set(self.done)
-        try:
-            self.scheduler.forget(run)
-            assert finished
-            self.done = [sample for sample in self.done if sample not in self.submitted[run]]
-            self.submitted[run] = set()
-            self.cancelled.discard(run)
-        except ValueError:
-            assert not finished
+    @rule(run=st.sampled_from(["x", "y"]), paused=st.booleans())
+    def pause(self, run: str, paused: bool) -> None:
+        self.made.pause(run, paused)
 
     @invariant()
-    def nothing_is_lost_repeated_or_overspent(self) -> None:
-        self.scheduler.audit()
-        assert len(self.done) == len(set(self.done)), "done exactly once"
-        assert len(self.running) <= MAX_CONCURRENT
-        for worker, capacity in self.workers.items():
-            assert sum(name == worker for name in self.running.values()) <= capacity
-        for run, submitted in self.submitted.items():
-            counts = self.scheduler.counts(run)
-            running = {sample for sample, _ in self.running} & submitted
-            done = set(self.done) & submitted
-            assert (counts.total, counts.running, counts.done) == (len(submitted), len(running), len(done))
-            held = {t for ids in self.scheduler.running_of(run).values() for t in ids}
-            assert held == running
+    def nothing_is_lost(self) -> None:
+        self.made.audit()
+        assert max(self.ended.values(), default=0) <= 1
+        assert len(self.held) <= 7
 
     def teardown(self) -> None:
-        """Whatever happened: with a worker that lives, every sample comes to its end."""
-        self.scheduler.add_worker("last", 1000)
-        for _ in range(10_000):
-            for sample, attempt in list(self.running):
-                self.end(sample, attempt, retryable=False)
-            for assignments in self.scheduler.assign().values():
-                for a in assignments:
-                    self.running[a.key.trajectory_id, a.attempt] = "last"
-            if not self.running:
+        for run in self.runs:
+            self.made.pause(run, False)
+        self.made.add_worker("last", 50)
+        self.workers.append("last")
+        for _ in range(1000):
+            self.assign("")
+            if not self.held:
                 break
-        self.nothing_is_lost_repeated_or_overspent()
-        assert set(self.done) == self.submitted["r"] | self.submitted["s"]
+            for trajectory_id in list(self.held):
+                worker, attempt = self.held.pop(trajectory_id)
+                if self.made.finished(worker, trajectory_id, attempt, retryable=False):
+                    self.ended[trajectory_id] += 1
+        assert set(self.ended) >= self.wanted
+        assert max(self.ended.values(), default=0) <= 1
 
 
-TestCluster = Cluster.TestCase
-TestCluster.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -37,7 +37,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it tried to start a cluster")
 
     monkeypatch.setattr(launch, "_start_ray", started)
-    monkeypatch.setattr(launch, "_deploy", started)
+    monkeypatch.setattr(launch, "deploy", started)
     monkeypatch.setitem(sys.modules, "vllm", None)
 
 

@@ -405,7 +405,7 @@ def test_shipped_configs_load(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     (model / "config.json").write_text("{}")
     made = load_config(tmp_path / "configs" / name)
     assert made.environment is not None and made.pythonpath == [str(tmp_path)]
-    assert made.model.is_local == (name == "demo.yaml")
+    assert made.model.is_local == (name in ("demo.yaml", "learn.yaml"))
     assert made.limits.max_response_tokens < made.llm_engine_kwargs()["max_model_len"]
     sessions = made.workers.count * made.workers.sessions
     assert sessions <= made.engine.replicas * made.llm_engine_kwargs()["max_num_seqs"]

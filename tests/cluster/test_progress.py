@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from actors.messages import Progress, WorkerStats
-from actors.scheduler import Counts
+from actors.messages import WorkerStats
 from cluster import progress as progress_module
 from cluster.job import JobResult
 from cluster.progress import closing_table, job_progress, steps
+from rollout.api import RunInfo
 from rollout.ledger import Segment, TurnSpan
 from rollout.record import to_table
 from rollout.trajectory import SessionKey, Timing, Trajectory
@@ -28,9 +28,14 @@ def lines(console: Console) -> list[str]:
     return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 
-def progress(**fields: Any) -> Progress:
-    counts = Counts(**fields.pop("counts", {"total": 8, "running": 4, "done": 2, "queued": 2}))
-    return Progress(counts, **fields)
+def info(**fields: Any) -> RunInfo:
+    """Four groups of two: one delivered, two running, one waiting, unless told otherwise."""
+    usual = {"submitted": 4, "waiting": 1, "running": 2, "delivered": 1, "sessions_running": 4, "sessions_done": 2}
+    return RunInfo("r", "running", "m:E", 2, **(usual | fields))
+
+
+NOTHING: dict[str, Any] = {"submitted": 0, "waiting": 0, "running": 0, "delivered": 0, "sessions_done": 0}
+ALL: dict[str, Any] = {"waiting": 0, "running": 0, "delivered": 4, "sessions_running": 0, "sessions_done": 8}
 
 
 @pytest.fixture
@@ -62,12 +67,11 @@ def test_on_a_terminal_the_steps_are_one_line_that_goes_away():
 def test_progress_is_a_line_every_few_seconds_and_one_at_the_end():
     console = plain()
     with job_progress(console) as report:
-        report(progress(tokens=100), 1.0)
-        report(progress(tokens=5000), 5.0)
-        report(progress(tokens=6000, scored=2, reward_sum=1.0, stop_reasons={"error": 1, "stop": 1}), 9.0)
-        report(progress(tokens=20_000, scored=2, reward_sum=1.0, stop_reasons={"error": 1, "stop": 1}), 10.0)
-        done = {"total": 8, "done": 8, "retried": 3}
-        report(progress(tokens=12_000, counts=done, scored=8, reward_sum=6.0), 10.5)
+        report(info(tokens=100), 1.0)
+        report(info(tokens=5000), 5.0)
+        report(info(tokens=6000, scored=2, reward_sum=1.0, stop_reasons={"error": 1, "stop": 1}), 9.0)
+        report(info(tokens=20_000, scored=2, reward_sum=1.0, stop_reasons={"error": 1, "stop": 1}), 10.0)
+        report(info(tokens=12_000, **ALL, sessions_retried=3, scored=8, reward_sum=6.0), 10.5)
     assert lines(console) == [
         "rollouts 2/8 4 running 1,000 tok/s reward – 0 failed",
         "rollouts 2/8 4 running 2,000 tok/s reward 0.500 1 failed",
@@ -78,14 +82,14 @@ def test_progress_is_a_line_every_few_seconds_and_one_at_the_end():
 def test_progress_at_second_zero_divides_by_nothing():
     console = plain()
     with job_progress(console) as report:
-        report(progress(counts={"total": 1, "done": 1}, tokens=5), 0.0)
-    assert lines(console) == ["rollouts 1/1 0 running 0 tok/s reward – 0 failed"]
+        report(info(**ALL, tokens=5), 0.0)
+    assert lines(console) == ["rollouts 8/8 0 running 0 tok/s reward – 0 failed"]
 
 
 def test_on_a_terminal_there_is_a_bar():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     with job_progress(console) as report:
-        report(progress(), 1.0)
+        report(info(), 1.0)
     assert "2/8" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -115,8 +119,10 @@ def test_the_closing_table():
         trajectory("b", 1, 1.0, 40),
         trajectory("c", 0, None, 50),
     ]
-    final = Progress(
-        Counts(total=6, done=5, retried=2),
+    final = info(
+        submitted=3,
+        sessions_done=5,
+        sessions_retried=2,
         tokens=12_345,
         turns=1234,
         tool_calls=2000,
@@ -125,9 +131,9 @@ def test_the_closing_table():
         reward_sum=3.0,
         stop_reasons={"error": 1, "stop": 3, "length": 1},
         workers_lost=1,
-        workers=[WorkerStats(loop_lag_p99_s=0.002), WorkerStats(loop_lag_p99_s=0.0125)],
     )
-    assert table_lines(JobResult(Path("/out/t.parquet"), final, 2.0, False), made) == {
+    workers = [WorkerStats(loop_lag_p99_s=0.002), WorkerStats(loop_lag_p99_s=0.0125)]
+    assert table_lines(JobResult(Path("/out/t.parquet"), final, 2.0, False, workers), made) == {
         "trajectories": "5 of 6 in 3 groups, 5 segments",
         "time": "2.0 s, 2.5 trajectories/s",
         "sampled": "12,345 tokens in 1,234 turns, 6,172 tok/s",
@@ -143,7 +149,7 @@ def test_the_closing_table():
 
 
 def test_the_closing_table_of_nothing():
-    found = table_lines(JobResult(Path("/out"), Progress(Counts()), 0.0, True), [])
+    found = table_lines(JobResult(Path("/out"), info(**NOTHING), 0.0, True), [])
     assert found["trajectories"] == "0 of 0 in 0 groups, 0 segments"
     assert found["reward"] == "none was scored"
     assert found["event loop lag"] == "0 ms p99"
@@ -152,20 +158,21 @@ def test_the_closing_table_of_nothing():
 
 
 def test_no_group_in_which_rewards_differ():
-    final = Progress(Counts(total=2, done=2), scored=2, reward_sum=2.0, stop_reasons={"stop": 2})
+    final = info(submitted=1, sessions_done=2, scored=2, reward_sum=2.0, stop_reasons={"stop": 2})
     made = [trajectory("a", 0, 1.0, 1), trajectory("a", 1, 1.0, 1)]
     found = table_lines(JobResult(Path("/out"), final, 1.0, False), made)
     assert found["reward"] == "1.000 mean over 2 scored, rewards differ in 0 of 1 groups"
 
 
 def test_the_summary_for_scripts():
-    final = Progress(
-        Counts(total=6, done=5, retried=2), tokens=1000, turns=30, tool_calls=20, tool_errors=7, forks=1, scored=4,
-        reward_sum=3.0, stop_reasons={"error": 1, "stop": 4},
+    final = info(
+        submitted=3, sessions_done=5, sessions_retried=2, tokens=1000, turns=30, tool_calls=20, tool_errors=7,
+        forks=1, scored=4, reward_sum=3.0, stop_reasons={"error": 1, "stop": 4},
     )  # fmt: skip
     assert JobResult(Path("/out/t.parquet"), final, 3.0, True).summary() == {
-        "path": "/out/t.parquet", "trajectories": 5, "submitted": 6, "interrupted": True, "seconds": 3.0,
+        "path": "/out/t.parquet", "run": "r", "trajectories": 5, "submitted": 6, "interrupted": True, "seconds": 3.0,
         "tokens": 1000, "tokens_per_s": 333.3, "turns": 30, "tool_calls": 20, "tool_errors": 7, "forks": 1,
         "mean_reward": 0.75, "stop_reasons": {"error": 1, "stop": 4}, "retried": 2, "failures": 1,
+        "policy_version": 0,
     }  # fmt: skip
-    assert JobResult(Path("/out"), Progress(Counts()), 0.0, False).summary()["tokens_per_s"] == 0.0
+    assert JobResult(Path("/out"), info(**NOTHING), 0.0, False).summary()["tokens_per_s"] == 0.0

@@ -51,7 +51,7 @@ class FakeAsyncLLM:
         self.started: list[Any] = []
         self.cancelled = 0
 
-    async def generate(self, prompt: Any, params: Any, request_id: str) -> Any:
+    async def generate(self, prompt: Any, params: Any, request_id: str, lora_request: Any = None) -> Any:
         self.started.append((prompt, params, request_id))
         try:
             await self.release.wait()
@@ -67,6 +67,7 @@ class FakeAsyncLLM:
 async def replica() -> RolloutEngine:
     engine = RolloutEngine.__new__(RolloutEngine)
     engine._mailboxes, engine._in_flight, engine._version = {}, 0, 3
+    engine._updater = SimpleNamespace(lora=None, broken=None)
     engine.engine = SimpleNamespace(client=FakeAsyncLLM())
     return engine
 

@@ -17,10 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from actors.ray_backend import RayBackend
 from cluster import launch, state
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
+from rollout import Batch, RolloutClient
+from rollout.api import RunInfo
 from rollout.limits import Limits
+from rollout.record import SCHEMA
 from rollout.sampling import Sampling
 from rollout.tasks import Task, read_tasks
 from tests.conftest import ROOT
@@ -68,16 +72,17 @@ class Played:
     """A finished run."""
 
     table: pa.Table
-    progress: Any
+    info: RunInfo
     seconds: float
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Player:
-    """Plays runs on the cluster, in this process."""
+    """Plays runs on the cluster as a trainer inside it would."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, client: RolloutClient) -> None:
         self.config = config
+        self.client = client
 
     def play(
         self,
@@ -90,43 +95,52 @@ class Player:
         meanwhile: Callable[[Any], bool] | None = None,
         timeout: float = 280,
     ) -> Played:
-        """Submit, take everything, forget. `meanwhile(progress)` is called until it returns True."""
-        import ray
-
-        from actors.messages import RunSpec
-
-        spec = RunSpec(
-            f"test-{uuid.uuid4().hex[:8]}",
-            environment,
-            {},
-            sampling or self.config.sampling,
-            limits or self.config.limits,
-            group_size,
-            time.time(),
-        )
-        controller = launch.controller()
+        """Submit, lease everything, forget. `meanwhile(info)` is called until it returns True."""
+        run = self.client.create_run(
+            name=f"test-{uuid.uuid4().hex[:8]}",
+            environment={"path": environment},
+            sampling=sampling or self.config.sampling,
+            limits=limits or self.config.limits,
+            group_size=group_size,
+        ).run
         started = time.monotonic()
-        ray.get(controller.submit.remote(spec, tasks))
+        self.client.submit(run, tasks)
         tables = []
         while True:
-            delivery = ray.get(controller.take.remote(spec.run, 0.2), timeout=60)
-            if delivery.table is not None:
-                tables.append(delivery.table)
-            if meanwhile is not None and meanwhile(delivery.progress):
+            batch = self.client.lease(run, 1_000, min_groups=1, timeout=0.2)
+            if isinstance(batch, Batch):
+                tables.append(batch.table)
+                self.client.acknowledge(batch)
+            info = self.client.run_info(run)
+            if meanwhile is not None and meanwhile(info):
                 meanwhile = None
-            if delivery.finished:
+            if info.finished:
                 break
-            assert time.monotonic() - started < timeout, f"stuck: {delivery.progress}"
+            assert time.monotonic() - started < timeout, f"stuck: {info}"
         assert meanwhile is None, "the run ended before its disturbance"
-        ray.get(controller.forget.remote(spec.run))
-        table = pa.concat_tables(tables)
-        return Played(table, delivery.progress, time.monotonic() - started, table.to_pylist())
+        self.client.forget(run)
+        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        return Played(table, info, time.monotonic() - started, table.to_pylist())
 
 
 @pytest.fixture(scope="session")
-def player(driver: None) -> Player:
+def client(driver: None) -> Iterator[RolloutClient]:
+    """A trainer inside the cluster."""
+    with RolloutClient(RayBackend()) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http_client(cluster: state.ClusterState) -> Iterator[RolloutClient]:
+    """A trainer outside the cluster."""
+    with RolloutClient(cluster.gateway) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def player(client: RolloutClient) -> Player:
     """Plays runs on the cluster."""
-    return Player(load_config(CONFIG, check_engine=False))
+    return Player(load_config(CONFIG, check_engine=False), client)
 
 
 @pytest.fixture(scope="session")

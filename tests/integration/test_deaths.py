@@ -30,8 +30,8 @@ def play_with_a_kill(player, tasks, cluster, name: str):
     """48 sessions of three long turns; once a few are done, one process called `name` gets SIGKILL."""
     killed = []
 
-    def kill(progress) -> bool:
-        if progress.counts.running < 40 or progress.counts.done > 8:
+    def kill(info) -> bool:
+        if info.sessions_running < 40 or info.sessions_done > 8:
             return False
         victim = processes_called(cluster, name)[0]
         os.kill(victim.pid, signal.SIGKILL)
@@ -65,14 +65,14 @@ def assert_nothing_lost(played, tasks) -> None:
 def test_a_killed_session_worker(player, tasks, cluster):
     played = play_with_a_kill(player, tasks, cluster, "SessionWorker")
     assert_nothing_lost(played, tasks)
-    assert played.progress.workers_lost == 1
-    assert played.progress.counts.retried > 0
+    assert played.info.workers_lost == 1
+    assert played.info.sessions_retried > 0
     attempts = Counter(row["attempts"] for row in played.rows)
     assert set(attempts) == {1, 2}, "only the killed worker's sessions ran again"
 
 
 def test_a_killed_engine_replica(player, tasks, cluster):
-    played = play_with_a_kill(player, tasks, cluster, "ServeReplica")
+    played = play_with_a_kill(player, tasks, cluster, "ServeReplica:engine")
     assert_nothing_lost(played, tasks)
 
 

@@ -1,0 +1,134 @@
+"""The batch rollout API inside the cluster: calls to the controller actor, batches through Ray's object store.
+
+Invariant: a batch's arrays are not copied on the way: Ray maps the sealed object into the trainer's memory. While the
+controller is being started again, calls wait and are repeated, each idempotent on the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from rollout.api import Acknowledged, Batch, LeaseRequest, NoBatch, RunInfo, RunRequest, Submitted
+from rollout.errors import RolloutError, UnavailableError
+from rollout.tasks import Task
+from rollout.weights import WeightReport, WeightSource
+
+CONTROLLER = "controller"
+PATIENCE_S = 120.0
+PAUSE_S = 0.5
+# Beyond the time that a call may take of itself.
+CALL_SECONDS = 60.0
+WEIGHTS_SECONDS = 1200.0
+
+
+class RayBackend:
+    """Implements rollout.backend.Backend for a driver or actor of the cluster's Ray."""
+
+    def __init__(self, namespace: str | None = None, *, patience: float = PATIENCE_S) -> None:
+        """`namespace`: the cluster's name; None: this driver's. Raises UnavailableError without a controller."""
+        import ray
+
+        try:
+            self._controller = ray.get_actor(CONTROLLER, namespace)
+        except ValueError:
+            raise UnavailableError(
+                f"Ray namespace {namespace or 'of this driver'} has no controller; start one with `rollout up`"
+            ) from None
+        self._patience = patience
+
+    async def create_run(self, request: RunRequest) -> RunInfo:
+        """See Backend."""
+        return await self._call("create_run", request)
+
+    async def submit(self, run: str, tasks: Sequence[Task]) -> Submitted:
+        """See Backend."""
+        return await self._call("submit", run, list(tasks))
+
+    async def lease(self, run: str, request: LeaseRequest) -> Batch | NoBatch:
+        """See Backend."""
+        return await self._call("lease", run, request, seconds=request.timeout + CALL_SECONDS)
+
+    async def fetch(self, lease_id: str) -> Batch:
+        """See Backend."""
+        return await self._call("fetch", lease_id)
+
+    async def acknowledge(self, lease_id: str) -> Acknowledged:
+        """See Backend."""
+        return await self._call("acknowledge", lease_id)
+
+    async def extend(self, lease_id: str, ttl: float) -> float:
+        """See Backend."""
+        return await self._call("extend", lease_id, ttl)
+
+    async def release(self, lease_id: str) -> None:
+        """See Backend."""
+        await self._call("release", lease_id)
+
+    async def pause(self, run: str, paused: bool) -> RunInfo:
+        """See Backend."""
+        return await self._call("pause", run, paused)
+
+    async def cancel(self, run: str) -> RunInfo:
+        """See Backend."""
+        return await self._call("cancel", run)
+
+    async def forget(self, run: str) -> None:
+        """See Backend."""
+        await self._call("forget", run)
+
+    async def run_info(self, run: str) -> RunInfo:
+        """See Backend."""
+        return await self._call("run_info", run)
+
+    async def runs(self) -> list[RunInfo]:
+        """See Backend."""
+        return await self._call("runs")
+
+    async def watch(self, run: str, timeout: float) -> RunInfo:
+        """See Backend."""
+        return await self._call("watch", run, timeout, seconds=timeout + CALL_SECONDS)
+
+    async def update_weights(self, source: WeightSource, version: int | None) -> WeightReport:
+        """See Backend."""
+        return await self._call(
+            "update_weights", source, version, seconds=WEIGHTS_SECONDS, repeat=version is not None
+        )
+
+    async def weights(self) -> dict[str, Any]:
+        """See Backend."""
+        return await self._call("weights")
+
+    async def close(self) -> None:
+        """See Backend."""
+
+    async def _call(self, name: str, *arguments: Any, seconds: float = CALL_SECONDS, repeat: bool = True) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        while True:
+            reference = getattr(self._controller, name).remote(*arguments)
+            try:
+                async with asyncio.timeout(seconds):
+                    return await reference
+            except TimeoutError:
+                raise UnavailableError(f"the controller did not answer {name} within {seconds:g} s") from None
+            except asyncio.CancelledError:
+                _give_up(reference)
+                raise
+            except RayTaskError as failure:
+                raise failure.cause if isinstance(failure.cause, RolloutError) else failure from None
+            except RayActorError as failure:
+                # Dead, or being started again.
+                if not repeat or loop.time() >= deadline:
+                    raise UnavailableError(f"the controller is gone: {str(failure).splitlines()[0]}") from None
+            await asyncio.sleep(PAUSE_S)
+
+
+def _give_up(reference: Any) -> None:
+    """Nobody waits any more: a lease must not be granted to the void."""
+    import ray
+
+    ray.cancel(reference, force=False)

@@ -1,0 +1,90 @@
+"""What is known of each engine replica's weights, and what is to be done about it.
+
+    HEALTHY ⇄ SUSPECT → (Serve replaces it) → STALE → HEALTHY
+
+Invariant: a replica is HEALTHY only if it said itself, after its last load, that it carries the current version; a
+STALE one gets the current weights before anything else, and no sessions meanwhile (they go to the newest version).
+Pure: no Ray, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+# A replica that could not be brought to the current weights so often in a row is given up: it is made to fail its
+# health check, and Serve starts another.
+MAX_FAILURES = 3
+
+
+class Health(Enum):
+    """State of a replica's weights."""
+
+    HEALTHY = "healthy"
+    STALE = "stale"
+    """It lives, with other weights than the current ones."""
+    SUSPECT = "suspect"
+    """It did not answer, or could not load; it is asked again."""
+
+
+@dataclass(slots=True)
+class ReplicaState:
+    """One replica."""
+
+    version: int | None = None
+    """As it last said itself; None: it has said nothing yet."""
+    failures: int = 0
+    """In a row."""
+    reason: str | None = None
+    """Of the last failure."""
+
+
+class ReplicaTable:
+    """All replicas that Serve lists."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        """The version that they should carry."""
+        self._states: dict[str, ReplicaState] = {}
+
+    def listed(self, names: Iterable[str]) -> None:
+        """Serve lists these now; others are gone."""
+        self._states = {name: self._states.get(name, ReplicaState()) for name in names}
+
+    def answered(self, name: str, version: int) -> None:
+        """A replica said what it carries."""
+        if name in self._states:
+            self._states[name] = ReplicaState(version)
+
+    def failed(self, name: str, reason: str) -> None:
+        """A replica did not answer, or could not load."""
+        if (state := self._states.get(name)) is not None:
+            state.failures += 1
+            state.reason = reason
+
+    def health(self, name: str) -> Health:
+        """State of a replica. Raises KeyError."""
+        state = self._states[name]
+        if state.failures:
+            return Health.SUSPECT
+        return Health.HEALTHY if state.version == self.current else Health.STALE
+
+    def to_update(self) -> list[str]:
+        """Replicas that should be asked, and brought to the current version if they say another."""
+        return [name for name in self._states if self.health(name) is not Health.HEALTHY]
+
+    def to_give_up(self) -> list[str]:
+        """Replicas that failed too often."""
+        return [name for name, state in self._states.items() if state.failures >= MAX_FAILURES]
+
+    def names(self) -> list[str]:
+        """All that Serve lists."""
+        return list(self._states)
+
+    def status(self) -> dict[str, dict[str, object]]:
+        """Plain data for people."""
+        return {
+            name: {"health": self.health(name).value, "version": state.version, "reason": state.reason}
+            for name, state in self._states.items()
+        }

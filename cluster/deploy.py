@@ -1,0 +1,217 @@
+"""Puts controller, workers, engines and gateway on a running Ray, and takes them off again.
+
+Invariant: `deploy` returns when all of it can take work, or raises LaunchError with the reason; nothing here waits
+without a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster import state
+from cluster.config import ClusterConfig
+from cluster.state import ClusterState
+from rollout.errors import RolloutError
+
+CONTROLLER = "controller"
+# Calls that the controller holds at once; each trainer that waits for a batch is one.
+CALLS = 4096
+GATEWAY_SECONDS = 60.0
+# Serve's clean end lets engines close their sockets; what is left after it is ended by signal anyway.
+SERVE_SHUTDOWN_SECONDS = 10.0
+
+Report = Callable[[str], None]
+"""Told, in a few words, what is being waited for."""
+
+
+class LaunchError(RolloutError):
+    """The cluster did not come up; nothing of it is left."""
+
+    category = "launch"
+
+
+def controller() -> Any:
+    """The handle of the connected cluster's controller. Raises RolloutError if it is not there."""
+    import ray
+
+    try:
+        return ray.get_actor(CONTROLLER)
+    except ValueError:
+        raise RolloutError(
+            "the cluster has no controller; it may have been stopped, start it with `rollout up`"
+        ) from None
+
+
+def journal_path(config: ClusterConfig) -> Path:
+    """Where the journal of a lasting cluster is."""
+    return Path(config.journal.path or state.state_dir() / "journals" / f"{config.name}.sqlite")
+
+
+def _passing_journal(cluster: ClusterState) -> str:
+    return os.path.join(cluster.temp_dir or "/tmp", f"journal-{cluster.cluster_id}.sqlite")
+
+
+def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting: bool) -> None:
+    """Start everything on the connected Ray and wait until it can take work. Raises LaunchError."""
+    import ray
+    from ray import serve
+
+    from actors.controller import Controller
+    from actors.messages import ControllerSettings, WorkerSettings
+    from deployments.app import APP, DEPLOYMENT, EngineSpec, build_engine_app
+    from deployments.gateway import APP as GATEWAY
+    from deployments.gateway import GatewaySpec, build_gateway_app
+
+    started = time.monotonic()
+    settings = ControllerSettings(
+        worker=WorkerSettings(
+            model=config.model.path,
+            revision=config.model.revision,
+            renderer=config.model.renderer,
+            renderer_options=config.model.renderer_options,
+            app=APP,
+            deployment=DEPLOYMENT,
+            sticky_margin=config.engine.sticky_margin,
+            mcp_servers=dict(config.mcp_servers),
+            max_sessions=config.workers.sessions,
+        ),
+        num_workers=config.workers.count,
+        max_attempts=config.run.max_attempts,
+        max_concurrent_sessions=config.run.max_concurrent_sessions,
+        start_timeout=config.engine.start_seconds,
+        journal_path=str(journal_path(config)) if lasting else _passing_journal(cluster),
+        journal_sync=config.journal.sync and lasting,
+        run_defaults=config.run_defaults(),
+        worker_env={"HF_HUB_OFFLINE": "1"} if config.model.is_local else {},
+    )
+    handle = (
+        ray.remote(Controller)
+        .options(name=CONTROLLER, lifetime="detached", num_cpus=1, max_concurrency=CALLS, max_restarts=-1)
+        .remote(settings)
+    )
+    # The workers load the tokenizer while the engines load the weights.
+    workers = handle.spawn_workers.remote()
+    report(_engines(config, 0))
+    gateway = config.gateway
+    if gateway.enabled and lasting:
+        serve.start(proxy_location="HeadOnly", http_options={"host": gateway.host, "port": gateway.port})
+    else:
+        serve.start(proxy_location="Disabled")
+    app = build_engine_app(
+        EngineSpec(
+            model=config.model.path,
+            served_name=config.model.name,
+            engine_kwargs=config.llm_engine_kwargs(),
+            env=config.replica_env(),
+            device=config.engine.device,
+            replicas=config.engine.replicas,
+            accelerator_type=config.engine.accelerator_type,
+            warmup=config.engine.warmup,
+            controller=f"{config.name}/{CONTROLLER}",
+        )
+    )
+    # `serve.run` waits without a deadline and says nothing; so it waits in a thread, and we watch.
+    failures: list[BaseException] = []
+    threading.Thread(target=_serve_run, args=(app, APP, None, failures), daemon=True).start()
+    if gateway.enabled and lasting:
+        front = build_gateway_app(GatewaySpec(config.name, gateway.max_body_mb * 2**20))
+        threading.Thread(target=_serve_run, args=(front, GATEWAY, "/", failures), daemon=True).start()
+    _wait_for_engines(config, started, failures, report)
+    report("connecting the session workers")
+    left = max(1.0, config.engine.start_seconds - (time.monotonic() - started))
+    ray.get(workers, timeout=left)
+    ray.get(handle.connect.remote(), timeout=left)
+    if gateway.enabled and lasting:
+        _wait_for_gateway(gateway_address(config), failures, report)
+
+
+def gateway_address(config: ClusterConfig) -> str:
+    """The URL at which the gateway listens, as seen from this machine."""
+    host = "127.0.0.1" if config.gateway.host == "0.0.0.0" else config.gateway.host
+    return f"http://{host}:{config.gateway.port}"
+
+
+def _wait_for_gateway(address: str, failures: list[BaseException], report: Report) -> None:
+    import httpx
+
+    report("waiting for the gateway")
+    deadline = time.monotonic() + GATEWAY_SECONDS
+    while True:
+        if failures:
+            raise LaunchError(f"the gateway failed to start: {failures[0]}")
+        try:
+            if httpx.get(f"{address}/ready", timeout=5.0).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"the gateway does not answer at {address} within {GATEWAY_SECONDS:g} s; is the port taken? "
+                "Choose another with gateway.port"
+            )
+        time.sleep(0.2)
+
+
+def _serve_run(app: Any, name: str, prefix: str | None, failures: list[BaseException]) -> None:
+    from ray import serve
+
+    try:
+        serve.run(app, name=name, route_prefix=prefix)
+    except BaseException as failure:
+        failures.append(failure)
+
+
+def _wait_for_engines(config: ClusterConfig, started: float, failures: list[BaseException], report: Report) -> None:
+    from ray import serve
+
+    from deployments.app import APP, DEPLOYMENT
+
+    while True:
+        failed = bool(failures)
+        status = serve.status().applications.get(APP)
+        deployment = status.deployments.get(DEPLOYMENT) if status is not None else None
+        if failed:
+            # Serve's exception says only that it failed; the deployment knows why.
+            why = deployment.message if deployment is not None and deployment.message else failures[0]
+            raise LaunchError(f"the engines failed to start: {why}")
+        running = sum(n for s, n in deployment.replica_states.items() if s == "RUNNING") if deployment else 0
+        report(_engines(config, running))
+        if status is not None and status.status == "RUNNING" and running >= config.engine.replicas:
+            return
+        if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise LaunchError(f"the engines failed to start: {status.message or (deployment and deployment.message)}")
+        if time.monotonic() - started > config.engine.start_seconds:
+            message = deployment.message if deployment is not None else "nothing was scheduled"
+            raise LaunchError(
+                f"{running} of {config.engine.replicas} engine replicas were ready within engine.start_seconds = "
+                f"{config.engine.start_seconds:g}: {message}"
+            )
+        time.sleep(0.25)
+
+
+def _engines(config: ClusterConfig, running: int) -> str:
+    engine = config.engine
+    return f"loading the engine (TP={engine.tensor_parallel_size}, {running}/{engine.replicas} ready)"
+
+
+def undeploy() -> None:
+    """Take everything off the connected Ray."""
+    import ray
+    from ray import serve
+
+    from deployments.app import APP
+    from deployments.gateway import APP as GATEWAY
+
+    try:
+        handle = controller()
+        ray.get(handle.stop.remote(), timeout=SERVE_SHUTDOWN_SECONDS)
+        ray.kill(handle)
+    except (RolloutError, ray.exceptions.RayError):
+        pass
+    serve.delete(APP)
+    serve.delete(GATEWAY)
