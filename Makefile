@@ -1,6 +1,6 @@
 # Every target sets up what it needs and does nothing twice.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench clean help
+.PHONY: demo learn test lint bench clean help
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -38,6 +38,9 @@ $(READY): pyproject.toml overrides.txt
 
 demo: $(READY)  ## start the demo cluster (TP=2), run 64 tasks x 8, print what came out, stop everything
 	@$(VENV)/bin/rollout demo --config $(CONFIG) $(ARGS)
+
+learn: $(READY)  ## GRPO on two cores: the demo model learns to calculate, in about 13 minutes; see out/learn
+	@$(PYTHON) -m examples.calculator.train $(ARGS)
 
 test: $(READY)  ## the whole test suite, real TP=2 engine included
 	@$(PYTHON) -m pytest $(ARGS)

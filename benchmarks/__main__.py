@@ -18,11 +18,14 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "calculator" / "model"
-PARTS = ("turn_cost", "session_path", "peers")
+PARTS = ("turn_cost", "journal", "delivery", "session_path", "peers")
 CONCURRENCY = (64, 256)
 # The peers' clients are processes beside the server: with two ranks that hold both cores of a small machine, they
 # starve (verifiers: 0.1 of plain HTTP), and what is measured is the operating system.
 PEERS_TP = 1
+PEERS_SECONDS = 12.0
+# `python -m benchmarks.peers.run` has one more: verifiers' whole rollouts, which are slower than its client alone.
+PEERS_LINES = ("plain_http", "skyrl", "verifiers_client")
 # What the figures should be at least (or at most, for costs and growth).
 AT_LEAST = {
     "session_path_vs_engine_64": 0.9,
@@ -31,8 +34,9 @@ AT_LEAST = {
     "rollouts_vs_verifiers_256": 2.0,
     "rollouts_vs_skyrl_64": 1.2,
     "rollouts_vs_skyrl_256": 1.2,
+    "journal_trajectories_per_s": 2_000.0,
 }
-AT_MOST = {"turn_cost_growth_10k": 1.2}
+AT_MOST = {"turn_cost_growth_10k": 1.2, "journal_growth_10x": 1.2}
 
 console = Console()
 
@@ -57,9 +61,7 @@ def main(
         if part in chosen:
             console.print(f"[bold]{part}[/bold] …")
             started = time.monotonic()
-            {"turn_cost": _turn_cost, "session_path": _session_path, "peers": _peers}[part](
-                summary, model, rounds, tp
-            )
+            _BY_NAME[part](summary, model, rounds, tp)
             console.print(f"  [dim]{time.monotonic() - started:.0f} s[/dim]")
             path.write_text(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
@@ -76,6 +78,21 @@ def _turn_cost(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> No
         summary[f"turn_cpu_ms_{concurrent}"] = point["cpu_ms_per_turn"]
 
 
+def _journal(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
+    from benchmarks import journal
+
+    found = journal.measure()
+    summary["journal_trajectories_per_s"] = found["per_s"]
+    summary["journal_growth_10x"] = found["growth_10x"]
+
+
+def _delivery(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
+    from benchmarks import delivery
+
+    for name, value in delivery.measure().items():
+        summary[f"delivery_{name}" if name == "batch_mb" else f"delivery_mb_s_{name}"] = value
+
+
 def _session_path(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
     from benchmarks import session_path
 
@@ -85,6 +102,7 @@ def _session_path(summary: dict[str, Any], model: Path, rounds: int, tp: int) ->
         summary[f"session_tokens_per_s_{concurrent}"] = point["session_tokens_per_s"]
         summary[f"engine_tokens_per_s_{concurrent}"] = point["raw_tokens_per_s"]
         summary[f"session_episodes_per_s_{concurrent}"] = point["session_episodes_per_s"]
+    summary["update_pause_ms_p50"] = found["update_pause_ms_p50"]
 
 
 def _peers(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
@@ -93,7 +111,14 @@ def _peers(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
 
     # Ours once more, on the peers' engine. A point of a peer takes as long as several rounds of ours; one is enough.
     own = session_path.measure(model, tensor_parallel_size=PEERS_TP, concurrency=CONCURRENCY, rounds=2)["concurrency"]
-    outcome = run_peers(model, tensor_parallel_size=PEERS_TP, concurrency=CONCURRENCY, rounds=1)
+    outcome = run_peers(
+        model,
+        tensor_parallel_size=PEERS_TP,
+        concurrency=CONCURRENCY,
+        rounds=1,
+        seconds_per_point=PEERS_SECONDS,
+        lines=PEERS_LINES,
+    )
     console.print(peers_table(outcome))
     summary["peers"] = outcome["results"]
     for concurrent in CONCURRENCY:
@@ -106,6 +131,15 @@ def _peers(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
         theirs = {"verifiers": max(verifiers, default=None), "skyrl": speeds.get("skyrl")}
         for name, speed in theirs.items():
             summary[f"rollouts_vs_{name}_{concurrent}"] = ours / speed if speed else None
+
+
+_BY_NAME = {
+    "turn_cost": _turn_cost,
+    "journal": _journal,
+    "delivery": _delivery,
+    "session_path": _session_path,
+    "peers": _peers,
+}
 
 
 def _machine() -> dict[str, Any]:

@@ -18,6 +18,8 @@ from benchmarks.work import RENDERER_OPTIONS, REPLY, SAMPLING, TOKENS_PER_TURN, 
 WORK = f"{Talk.__module__}:{Talk.__qualname__}"
 # Episodes of a round: enough waves that its ramp-up and tail are small.
 WAVES = {64: 4, 256: 2}
+# Weight updates whose pause is measured.
+UPDATES = 7
 
 
 def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, ...], rounds: int) -> dict[str, Any]:
@@ -54,7 +56,27 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
             }
+        found["update_pause_ms_p50"] = _update_pause(controllers[concurrency[0]], model, concurrency[0])
     return found
+
+
+def _update_pause(controller: Any, model: Path, sessions: int) -> float:
+    """Milliseconds that the engine stands still for new weights, median of updates under load."""
+    import ray
+
+    from rollout.api import RunRequest
+    from rollout.weights import CheckpointSource
+
+    source = CheckpointSource(path=str(model.resolve()))
+    request = RunRequest.model_validate(
+        {"name": "pause", "environment": {"path": WORK}, "sampling": SAMPLING, "group_size": 1}
+    )
+    ray.get(controller.create_run.remote(request))
+    ray.get(controller.submit.remote("pause", make_tasks(20 * sessions)))
+    time.sleep(1.0)
+    reports = [ray.get(controller.update_weights.remote(source)) for _ in range(UPDATES)]
+    ray.get(controller.forget.remote("pause"))
+    return statistics.median(report.pause_ms for report in reports)
 
 
 def _play(controller: Any, episodes: int, run: str) -> float:

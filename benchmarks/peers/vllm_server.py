@@ -41,7 +41,9 @@ def server_environment(tensor_parallel_size: int) -> dict[str, str]:
     }
     if tensor_parallel_size == 1:
         del wanted["VLLM_CPU_OMP_THREADS_BIND"]
-    return {**wanted, **os.environ}
+    home = str(Path(__file__).resolve().parent.parent.parent)
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    return {**wanted, **os.environ, "PYTHONPATH": path}
 
 
 def _core_lists(ranks: int) -> list[str]:
@@ -64,6 +66,8 @@ def _command(model_dir: Path, port: int, tensor_parallel_size: int) -> list[str]
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
         "--enable-scale-out",  # brings /inference/v1/generate, the token-in token-out endpoint
         "--disable-uvicorn-access-log",
+        # Asks for the AMX tiles, without which one rank alone dies on such CPUs (see deployments/rank_weights.py).
+        *("--worker-extension-cls", "deployments.rank_weights.RankWeights"),
     ]
 
 

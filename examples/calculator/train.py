@@ -41,7 +41,7 @@ HOME = HERE.parent.parent
 # Training tasks are drawn from this stream; those of tasks.jsonl, on which the result is measured, are left out.
 TRAINING_SEED = 20_260_703
 # More of what is hard than in tasks.jsonl: groups that are all right teach nothing and are dropped.
-TRAINING_SHARES = {"single": 0.3, "nested": 0.45, "parallel": 0.25}
+TRAINING_SHARES = {"single": 0.2, "nested": 0.5, "parallel": 0.3}
 # Tasks handed to the cluster ahead of what is trained on; the staleness bound decides which of them start.
 BACKLOG_GROUPS = 512
 KEPT_CHECKPOINTS = 3
@@ -57,9 +57,10 @@ class Settings:
     group_size: int = 8
     max_staleness: int = 1
     """Versions that a trained token may be behind."""
-    updates: int = 3
+    updates: int = 4
     """Optimizer steps on each batch."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
+    """At its peak; it falls to a tenth over the time that there is."""
     warmup_steps: int = 12
     """Adam's first steps have the full length whatever the gradient; at once they undid what the model knew."""
     clip_low: float = 0.2
@@ -68,7 +69,7 @@ class Settings:
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 16_384
     max_steps: int = 400
-    minutes: float = 11.0
+    minutes: float = 11.5
     """Training ends after so long, evaluations not included."""
     enough: float = 0.97
     """Training ends when the mean reward of the last steps is at least this."""
@@ -231,20 +232,24 @@ class Trainer:
         self._checkpoints = checkpoints
         shutil.rmtree(checkpoints, ignore_errors=True)
 
-    def step(self, table: pa.Table) -> tuple[Measured, Rows]:
-        """Several optimizer steps on a batch, each on a part of it. What is measured is of the first."""
+    def step(self, table: pa.Table, progress: float = 0.0) -> tuple[Measured, Rows]:
+        """Several optimizer steps on a batch, each on a part of it. What is measured is of the first.
+
+        `progress`: share of the training that is over, for the learning rate.
+        """
         rows = to_rows(table)
         order = torch.randperm(len(rows.ids)).tolist()
         parts = [order[n :: self.settings.updates] for n in range(self.settings.updates)]
-        found = [self._update(rows.pick(part)) for part in parts if part]
+        found = [self._update(rows.pick(part), progress) for part in parts if part]
         return found[0], rows
 
-    def _update(self, rows: Rows) -> Measured:
+    def _update(self, rows: Rows, progress: float) -> Measured:
         found = backward(self.model, rows, self.settings)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self._steps += 1
         for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * min(1.0, self._steps / self.settings.warmup_steps)
+            warm = min(1.0, self._steps / self.settings.warmup_steps)
+            group["lr"] = self.settings.learning_rate * warm * max(0.1, 1.0 - progress)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return found
@@ -300,7 +305,8 @@ def learn(
         if isinstance(batch, NoBatch):
             raise RuntimeError(f"no batch within two minutes: {batch.reason}")
         with client.using(batch):
-            found, rows = trainer.step(batch.table)
+            over = (time.monotonic() - started) / (60 * settings.minutes)
+            found, rows = trainer.step(batch.table, over)
             report = client.update_weights(trainer.save(len(steps) + 1))
         info, now = client.run_info(run), time.monotonic()
         behind = torch.cat([batch.policy_version - v[m] for v, m in zip(rows.versions, rows.mask, strict=True)])

@@ -72,13 +72,14 @@ def test_sessions_in_flight_survive_an_update_and_say_which_token_came_from_whic
     before = client.weights()["version"]
     run = client.create_run(
         environment={"path": "playgrounds:Talk"},
-        sampling=Sampling(max_tokens=150, min_tokens=150, ignore_eos=True),
+        sampling=Sampling(max_tokens=200, min_tokens=200, ignore_eos=True),
         limits=Limits(max_turns=3),
         group_size=4,
     ).run
     client.submit(run, many(tasks, 16))
     while client.run_info(run).sessions_running < 60:
         time.sleep(0.05)
+    time.sleep(1.5)  # of the six seconds or more that their turns take
     report = client.update_weights(checkpoint("new", nudged))
     assert report.version == before + 1 and report.failed == {}
     assert [rank.rank for rank in report.replicas[0].ranks] == [0, 1], "both ranks were read back"
