@@ -55,6 +55,17 @@ class Talk(Environment):
         return 1.0
 
 
+class SlowTalk(Talk):
+    """A second before each answer: on no machine does a session end sooner than two seconds."""
+
+    async def reply(self, episode: Episode) -> list[dict[str, str]] | None:  # type: ignore[override]
+        """Take time, then go on."""
+        answer = super().reply(episode)
+        if answer is not None:
+            await asyncio.sleep(1)
+        return answer
+
+
 class Moody(Talk):
     """Fails for every third task: those sessions end as `error`, the others do not notice."""
 

@@ -15,7 +15,6 @@ from rollout.sampling import Sampling
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-# Long enough that a kill falls into the middle of all sessions.
 SAMPLING = Sampling(max_tokens=128, min_tokens=128, ignore_eos=True)
 LIMITS = Limits(max_turns=3, engine_seconds=200, session_seconds=250)
 
@@ -27,7 +26,7 @@ def processes_called(cluster: state.ClusterState, name: str) -> list[psutil.Proc
 
 
 def play_with_a_kill(player, tasks, cluster, name: str):
-    """48 sessions of three long turns; once a few are done, one process called `name` gets SIGKILL."""
+    """48 sessions of three long turns; while most of them run, one process called `name` gets SIGKILL."""
     killed = []
 
     def kill(info) -> bool:
@@ -40,7 +39,7 @@ def play_with_a_kill(player, tasks, cluster, name: str):
 
     played = player.play(
         tasks[:12],
-        environment="playgrounds:Talk",
+        environment="playgrounds:SlowTalk",
         group_size=4,
         sampling=SAMPLING,
         limits=LIMITS,

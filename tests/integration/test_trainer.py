@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from tests.integration.test_deaths import processes_called
 
 MODEL = ROOT / "examples" / "calculator" / "model"
 WEIGHTS = "model.safetensors"
+MOST_UPDATES = 100
 
 
 def many(tasks: list[Task], count: int) -> list[Task]:
@@ -69,34 +71,41 @@ def nudged(tensors):
 
 
 def test_sessions_in_flight_survive_an_update_and_say_which_token_came_from_which_weights(client, tasks, checkpoint):
+    """Updates follow each other for as long as the sessions last, so that some fall into the middle of turns."""
     before = client.weights()["version"]
     run = client.create_run(
-        environment={"path": "playgrounds:Talk"},
+        environment={"path": "playgrounds:SlowTalk"},
         sampling=Sampling(max_tokens=200, min_tokens=200, ignore_eos=True),
         limits=Limits(max_turns=3),
         group_size=4,
     ).run
+    other = checkpoint("new", nudged)
     client.submit(run, many(tasks, 16))
     while client.run_info(run).sessions_running < 60:
-        time.sleep(0.05)
-    time.sleep(1.5)  # of the six seconds or more that their turns take
-    report = client.update_weights(checkpoint("new", nudged))
-    assert report.version == before + 1 and report.failed == {}
-    assert [rank.rank for rank in report.replicas[0].ranks] == [0, 1], "both ranks were read back"
-    assert all(rank.compared > 0 for rank in report.replicas[0].ranks)
-    assert 0 < report.pause_ms < 30_000
+        time.sleep(0.01)
+    reports = []
+    while len(reports) < MOST_UPDATES and client.run_info(run).sessions_running:
+        reports.append(client.update_weights(MODEL if len(reports) % 2 else other))
+    for number, report in enumerate(reports, 1):
+        assert report.version == before + number and report.failed == {}
+        assert [rank.rank for rank in report.replicas[0].ranks] == [0, 1], "both ranks were read back"
+        assert all(rank.compared > 0 for rank in report.replicas[0].ranks)
+        assert 0 < report.pause_ms < 30_000
     batch = client.lease(run, 16, timeout=120)
     assert isinstance(batch, Batch)
-    both = 0
+    across_turns = inside_turns = 0
     for row in batch.table.to_pylist():
         assert row["error"] is None
+        pairs = list(pairwise(zip(row["policy_versions"], row["response_mask"], strict=True)))
         versions = [v for v, sampled in zip(row["policy_versions"], row["response_mask"], strict=True) if sampled]
-        assert versions == sorted(versions) and set(versions) <= {before, before + 1}
-        both += len(set(versions)) == 2
-    assert both > 0, "some session was in the middle of it"
+        assert versions == sorted(versions) and set(versions) <= set(range(before, before + len(reports) + 1))
+        across_turns += len(set(versions)) > 1
+        inside_turns += any(a[1] and b[1] and a[0] != b[0] for a, b in pairs)
+    assert across_turns == 64, "two seconds pass in every session, and an update takes far less"
+    assert inside_turns > 0, "some update fell into the middle of a turn"
     client.acknowledge(batch)
     client.forget(run)
-    assert client.update_weights(MODEL).version == before + 2
+    assert client.update_weights(MODEL).version == before + len(reports) + 1
 
 
 @pytest.mark.parametrize("what", ["missing", "incomplete", "cut", "shape", "not a directory"])
