@@ -1,7 +1,7 @@
 """Calculator tasks and the conversations that solve them.
 
 Everything here is plain data: a :class:`Task` is what the user asks (with the operations behind it), and
-:func:`reference_turns` is a right solution of it, turn by turn. ``make_model.py`` trains the demo model on
+:func:`solution_turns` is a solution of it, turn by turn, right or hasty. ``make_model.py`` trains the demo model on
 such conversations and writes the shipped ``tasks.jsonl`` from the same generator.
 """
 
@@ -242,10 +242,15 @@ def answer_text(answers: Sequence[str]) -> str:
     return f"The answers are {' and '.join(answers)}."
 
 
-def reference_turns(task: Task) -> list[Turn]:
-    """A right solution: think once, call the tools (independent calls together), then answer."""
-    results = solve(task.operations)
-    groups = [task.operations] if task.kind == "parallel" else [(op,) for op in task.operations]
+def solution_turns(task: Task, hasty: bool = False) -> list[Turn]:
+    """A solution of the task: think once, call the tools (independent calls together), then answer.
+
+    A hasty one leaves out the last operation and answers with what there is: the first operand of a single one, the
+    inner result of a nested one, one result of a pair. It is well formed, and wrong.
+    """
+    operations = task.operations[:-1] if hasty else task.operations
+    results = solve(operations)
+    groups = [operations] if task.kind == "parallel" else [(op,) for op in operations]
     turns: list[Turn] = []
     done = 0
     for group in groups:
@@ -266,7 +271,8 @@ def reference_turns(task: Task) -> list[Turn]:
         )
         turns.append(Turn(thought + calls, tool_messages))
         done += len(group)
-    turns.append(Turn(answer_text(task.answers)))
+    answers = (results[-1:] or [str(task.operations[0].a)]) if hasty else task.answers
+    turns.append(Turn(answer_text(answers)))
     return turns
 
 
