@@ -1,0 +1,23 @@
+"""The model behind the agents, over HTTP: any OpenAI server, the cluster's own first of all.
+
+Invariant: see openai_http; closing the stream ends the completion in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from deployments.openai_http import OpenAIHttp
+from rollout.agents.chat_engine import Chunk
+
+
+class HttpChatEngine(OpenAIHttp):
+    """Streams from `{base_url}/v1/chat/completions`. `model` is for requests that name none."""
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[Chunk]:
+        """See ChatEngine. Statuses of its own: 502 broken, 503 not reached, 504 silent for too long."""
+        wanted = {"model": self.model, **body, "stream": True, "stream_options": {"include_usage": True}}
+        async with self._streaming("/v1/chat/completions", wanted) as chunks:
+            async for chunk in chunks:
+                yield chunk

@@ -1,0 +1,31 @@
+"""Agents: environments with tools behind OpenAI's protocol. Import from here."""
+
+from __future__ import annotations
+
+from rollout.agents.agent import Agent, AgentLimits
+from rollout.agents.chat_engine import ChatEngine, ChatEngineError
+from rollout.agents.held_turns import HeldTurns, TurnLost, TurnStore
+from rollout.agents.hooks import Ending, Hook, HookError, RequestContext
+from rollout.agents.loop import AgentRun, AgentTimeout
+from rollout.agents.registry import AgentRegistry
+from rollout.agents.scopes import ForbiddenError
+from rollout.agents.stream import Folded
+
+__all__ = [
+    "Agent",
+    "AgentLimits",
+    "AgentRegistry",
+    "AgentRun",
+    "AgentTimeout",
+    "ChatEngine",
+    "ChatEngineError",
+    "Ending",
+    "Folded",
+    "ForbiddenError",
+    "HeldTurns",
+    "Hook",
+    "HookError",
+    "RequestContext",
+    "TurnLost",
+    "TurnStore",
+]

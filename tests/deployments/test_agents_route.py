@@ -1,0 +1,336 @@
+"""The agents' routes: OpenAI's form in every case, over the real loop, and a client that hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+
+from deployments.routes import agents, errors
+from rollout.agents import AgentRegistry, ChatEngineError
+from rollout.environment import Environment
+from rollout.tools import tool
+from tests.rollout.agents.scripted_chat import USER, ScriptedChatEngine, agent, ask, client_tool, delta, say
+
+CHAT = "/agents/adder/v1/chat/completions"
+FIVE = ("add", '{"a": 2, "b": 3}')
+
+
+def application(engine: Any, *, caller: set[str] | None = None, **fields: Any) -> FastAPI:
+    app = FastAPI()
+    errors.install(app)
+    app.include_router(agents.router)
+    app.state.max_body_bytes = 10_000
+    app.state.agents = AgentRegistry([agent(**fields)])
+    app.state.chat_engine = engine
+    if caller is not None:
+
+        @app.middleware("http")
+        async def authenticate(request: Request, go_on: Callable[[Request], Any]) -> Any:
+            request.state.scopes = caller
+            return await go_on(request)
+
+    return app
+
+
+@asynccontextmanager
+async def client(engine: Any = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(application(engine, **options), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        yield http
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "adder", "messages": [USER], **fields}
+
+
+def events(text: str) -> list[Any]:
+    """The data of a stream's events; the last is checked to be [DONE]."""
+    assert text.endswith("\n\n")
+    found = [line.removeprefix("data: ") for line in text.strip().split("\n\n") if not line.startswith(":")]
+    assert found[-1] == "[DONE]" and found.count("[DONE]") == 1
+    return [json.loads(one) for one in found[:-1]]
+
+
+async def test_the_list_and_the_models():
+    async with client() as http:
+        (about,) = (await http.get("/agents")).json()["agents"]
+        assert (about["name"], [listed["name"] for listed in about["tools"]]) == ("adder", ["add", "secret"])
+        models = (await http.get("/agents/adder/v1/models")).json()
+        assert (models["object"], models["data"][0]["id"], models["data"][0]["object"]) == ("list", "adder", "model")
+        missing = await http.get("/agents/nobody/v1/models")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_an_answer_at_once():
+    async with client(ScriptedChatEngine(ask(FIVE), say("5"))) as http:
+        answer = await http.post(CHAT, json=body())
+    assert answer.status_code == 200
+    whole = answer.json()
+    assert (whole["object"], whole["usage"]["total_tokens"]) == ("chat.completion", 28)
+    assert whole["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "5"},
+            "finish_reason": "stop",
+            "logprobs": None,
+        }
+    ]
+
+
+@pytest.mark.parametrize("with_usage", [True, False])
+async def test_an_answer_streamed(with_usage: bool):
+    async with client(ScriptedChatEngine(ask(FIVE), say("f", "ive"))) as http:
+        answer = await http.post(CHAT, json=body(stream=True, stream_options={"include_usage": with_usage}))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    chunks = events(answer.text)
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "f"}, {"content": "ive"}, {}]
+    counted = [chunk["usage"]["total_tokens"] for chunk in chunks if not chunk["choices"]]
+    assert counted == ([28] if with_usage else [])
+
+
+async def test_a_mixed_turn_goes_to_the_client_and_comes_back():
+    engine = ScriptedChatEngine(ask(FIVE, ("weather", "{}")), say("sunny, 5"))
+    async with client(engine) as http:
+        fields = {"tools": [client_tool("weather")]}
+        asked = (await http.post(CHAT, json=body(**fields))).json()["choices"][0]
+        assert asked["finish_reason"] == "tool_calls"
+        (call,) = asked["message"]["tool_calls"]
+        returned = [USER, asked["message"], {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}]
+        whole = (await http.post(CHAT, json=body(**fields, messages=returned))).json()
+    assert whole["choices"][0]["message"]["content"] == "sunny, 5"
+    assert [m["content"] for m in engine.bodies[1]["messages"] if m["role"] == "tool"] == ["5", "sunny"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_fails_before_the_first_chunk_has_its_own_status(stream: bool):
+    async with client(ScriptedChatEngine([ChatEngineError(400, "the prompt is too long")])) as http:
+        answer = await http.post(CHAT, json=body(stream=stream))
+        assert answer.status_code == 400
+        assert answer.json() == {
+            "error": {
+                "message": "the prompt is too long",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "engine",
+            }
+        }
+        clash = await http.post(CHAT, json=body(stream=stream, tools=[client_tool("add")]))
+        assert (clash.status_code, clash.json()["error"]["param"]) == (400, "tools.0.function.name")
+        assert "'add'" in clash.json()["error"]["message"]
+
+
+async def test_an_error_inside_a_stream_is_an_event_before_done():
+    turn = [delta(content="half"), ChatEngineError(502, "the connection to the model broke")]
+    async with client(ScriptedChatEngine(turn)) as http:
+        answer = await http.post(CHAT, json=body(stream=True))
+    *chunks, last = events(answer.text)
+    assert answer.status_code == 200 and len(chunks) == 2
+    assert last["error"]["message"] == "the connection to the model broke"
+    assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "engine")
+
+
+@pytest.mark.parametrize(
+    ("engine_status", "status"), [(400, 400), (429, 429), (503, 503), (504, 504), (401, 502), (404, 502), (500, 502)]
+)
+async def test_an_engines_own_trouble_is_not_the_callers(engine_status: int, status: int):
+    async with client(ScriptedChatEngine([ChatEngineError(engine_status, "x")])) as http:
+        assert (await http.post(CHAT, json=body())).status_code == status
+
+
+async def test_a_bug_is_told_and_logged(caplog: pytest.LogCaptureFixture):
+    async with client(ScriptedChatEngine([ZeroDivisionError("oops")])) as http:
+        answer = await http.post(CHAT, json=body())
+    assert answer.status_code == 500
+    assert "ZeroDivisionError: oops; this is a bug" in answer.json()["error"]["message"]
+    assert [record.levelno for record in caplog.records if record.name == agents.__name__] == [logging.ERROR]
+
+
+async def test_a_deadline_is_not_repeated_by_openais_client():
+    async with client(ScriptedChatEngine([30.0]), limits={"total_seconds": 0.05}) as http:
+        answer = await http.post(CHAT, json=body())
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
+    assert answer.json()["error"]["code"] == "timeout"
+
+
+async def test_bodies_that_cannot_be_read():
+    async with client() as http:
+        for content, status, said in ((b"{", 400, "not JSON"), (b"[]", 400, "JSON object"), (b"x" * 20_000, 413, "")):
+            answer = await http.post(CHAT, content=content)
+            assert answer.status_code == status and said in answer.json()["error"]["message"]
+        assert (await http.post(CHAT.replace("adder", "nobody"), json=body())).status_code == 404
+
+
+@pytest.mark.parametrize(("scopes", "names"), [({"chat"}, ["add"]), ({"admin", "chat"}, ["add", "secret"])])
+async def test_scopes_come_from_whoever_authenticates(scopes: set[str], names: list[str]):
+    engine = ScriptedChatEngine(say("ok"))
+    async with client(engine, caller=scopes, scopes={"secret": "admin"}) as http:
+        (about,) = (await http.get("/agents")).json()["agents"]
+        assert [listed["name"] for listed in about["tools"]] == names
+        await http.post(CHAT, json=body())
+    assert [spec["function"]["name"] for spec in engine.bodies[0]["tools"]] == names
+
+
+async def test_a_caller_that_got_no_scope_is_refused():
+    async with client(ScriptedChatEngine(), caller=set()) as http:
+        assert (await http.get("/agents")).status_code == 403
+        assert (await http.post(CHAT, json=body())).status_code == 403
+
+
+async def test_a_silent_stream_is_kept_open(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agents, "KEEP_ALIVE_S", 0.05)
+    async with client(ScriptedChatEngine([delta(content="a"), 0.2, *say("b")])) as http:
+        answer = await http.post(CHAT, json=body(stream=True))
+    assert ": keep-alive\n\n" in answer.text
+    deltas = [choice["delta"] for chunk in events(answer.text) for choice in chunk["choices"]]
+    assert "".join(one.get("content", "") for one in deltas) == "ab"
+
+
+# A client that hangs up, over a real server
+
+
+@asynccontextmanager
+async def served(app: FastAPI) -> AsyncIterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+    running = asyncio.ensure_future(server.serve())
+    try:
+        async with asyncio.timeout(20):
+            while not server.started:
+                await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_hangs_up_ends_the_engines_call(stream: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agents, "GONE_POLL_S", 0.05)
+    engine = ScriptedChatEngine([delta(content="x"), 60.0])
+    async with served(application(engine)) as url, httpx.AsyncClient(base_url=url) as http:
+        asking = asyncio.ensure_future(_listen(http, body(stream=stream)))
+        await asyncio.wait_for(engine.waiting.wait(), 10)
+        asking.cancel()
+        await asyncio.wait({asking})
+        async with asyncio.timeout(10):
+            while not engine.cancelled:
+                await asyncio.sleep(0.01)
+    assert engine.cancelled == 1
+
+
+async def test_a_client_that_hangs_up_ends_the_tools(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agents, "GONE_POLL_S", 0.05)
+    begun, ended, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @tool
+    async def hang() -> str:
+        """Hang."""
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return ""
+
+    class Hanging(Environment):
+        tools = (hang,)
+
+        async def close(self) -> None:
+            closed.set()
+
+    app = application(ScriptedChatEngine(ask(("hang", "{}"))), environment=Hanging)
+    async with served(app) as url, httpx.AsyncClient(base_url=url) as http:
+        asking = asyncio.ensure_future(_listen(http, body(stream=True)))
+        await asyncio.wait_for(begun.wait(), 10)
+        asking.cancel()
+        await asyncio.wait({asking})
+        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(closed.wait(), 10)
+
+
+async def test_a_server_that_gives_up_while_sending_leaves_nothing_behind():
+    engine = ScriptedChatEngine([delta(content="x"), delta(content="y"), 60.0])
+    content = json.dumps(body(stream=True)).encode()
+    messages = [{"type": "http.request", "body": content, "more_body": False}]
+    stuck = asyncio.Event()
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        return await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            stuck.set()
+            await asyncio.Event().wait()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "raw_path": CHAT.encode(),
+        "root_path": "",
+        "scheme": "http",
+        "query_string": b"",
+        "headers": [],
+        "http_version": "1.1",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "client": None,
+        "server": None,
+    }
+    before = asyncio.all_tasks()
+    answering = asyncio.ensure_future(application(engine)(scope, receive, send))
+    await asyncio.wait_for(stuck.wait(), 10)
+    answering.cancel()
+    await asyncio.wait({answering})
+    assert engine.cancelled == 1
+    assert asyncio.all_tasks() == before
+
+
+async def _listen(http: httpx.AsyncClient, wanted: dict[str, Any]) -> None:
+    async with http.stream("POST", CHAT, json=wanted) as answer:
+        async for _ in answer.aiter_bytes():
+            pass
+
+
+async def test_openais_own_client_plays_a_mixed_turn():
+    openai = pytest.importorskip("openai")
+    turns = [ask(FIVE, ("weather", '{"city": "Ulm"}'), content="Let me see."), say("sunny, 5")]
+    engine = ScriptedChatEngine(
+        *turns, [ChatEngineError(502, "broken")], [delta(content="x"), ChatEngineError(502, "cut")]
+    )
+    async with (
+        served(application(engine)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/agents/adder/v1", api_key="none", max_retries=0) as made,
+    ):
+        assert [model.id async for model in made.models.list()] == ["adder"]
+
+        async def play(messages: list[Any]) -> Any:
+            tools = [client_tool("weather")]
+            async with made.chat.completions.stream(model="adder", messages=messages, tools=tools) as stream:
+                async for _ in stream:
+                    pass
+                return (await stream.get_final_completion()).choices[0]
+
+        asked = await play([USER])
+        (call,) = asked.message.tool_calls
+        assert (asked.finish_reason, asked.message.content) == ("tool_calls", "Let me see.")
+        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Ulm"}')
+        said = asked.message.model_dump(include={"role", "content", "tool_calls"})
+        answer = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        done = await play([USER, said, answer])
+        assert (done.finish_reason, done.message.content) == ("stop", "sunny, 5")
+        assert [m["content"] for m in engine.bodies[1]["messages"] if m["role"] == "tool"] == ["5", "sunny"]
+        with pytest.raises(openai.APIStatusError, match="broken"):
+            await play([USER])
+        with pytest.raises(openai.APIError, match="cut"):
+            await play([USER])
