@@ -1,4 +1,4 @@
-"""The command line: `rollout up|status|down|run|eval|show|check|demo`.
+"""The command line: `rollout up|status|down|run|eval|show|check|pull|tools|demo`.
 
 Invariant: a failure is one clear message on standard error and exit code 1; Ctrl-C ends with 130, keeps what has
 finished, and leaves no process of ours behind.
@@ -221,6 +221,51 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
             out.print(f"{mark} {finding.what}: {escape(finding.detail)}", highlight=False, soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def pull(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL|CONFIG", help="A hub model (owner/name), or the YAML file that names it.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a model before a start needs it. What is here already is not fetched again."""
+    from cluster import pull as puller
+
+    wanted = puller.resolve(target, revision, lambda path: _load(path, None, check_engine=False))
+    try:
+        with puller.view(err, wanted.model) as progress:
+            pulled = puller.pull(wanted, progress)
+    except KeyboardInterrupt:
+        err.print("interrupted; what has come is kept, and the next pull goes on from there", style="yellow")
+        puller.leave(130)
+        raise
+    happened, following = puller.closing_words(wanted, pulled)
+    if as_json:
+        out.print_json(data={"directory": str(pulled.directory), "fetched": pulled.fetched, "size": pulled.size})
+    else:
+        out.print(happened, markup=False, highlight=False, soft_wrap=True)
+        out.print(following, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tools(
+    http: Annotated[
+        str | None,
+        typer.Option("--http", metavar="HOST:PORT", help="Serve streamable HTTP there; a port alone is loopback's."),
+    ] = None,
+) -> None:
+    """Serve the cluster's own tools (echo, time, exact arithmetic) over MCP: on stdio, or with --http on a port."""
+    from cluster import tool_server
+    from rollout.builtin_tools import builtin_tools
+
+    def say(text: str) -> None:
+        # Standard output is the protocol's.
+        err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    tool_server.serve(builtin_tools(), http, say)
 
 
 @app.command()

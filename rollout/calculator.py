@@ -23,12 +23,17 @@ from rollout.tools import Tool, tool
 # Bounds the cost of one call: without it 1e999999 * 1e999999 would fill the memory.
 MAX_DIGITS = 100
 QUOTIENT_DIGITS = 12
+_TOO_LARGE = 10 ** (MAX_DIGITS + 1)
 
 
 def _decimal(value: object) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError("must be a number")
-    if isinstance(value, str) and len(value) > 2 * MAX_DIGITS:
+    # Before anything is done with the digits: a text or a whole number may have millions, and Python itself refuses
+    # to write whole numbers of more than 4300, in words that mean nothing to a model.
+    if (isinstance(value, str) and len(value) > 2 * MAX_DIGITS) or (
+        isinstance(value, int) and abs(value) >= _TOO_LARGE
+    ):
         raise ValueError(f"has more than {MAX_DIGITS} digits")
     try:
         number = Decimal(str(value).strip())

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.check import check_config, import_path
 from cluster.config import ClusterConfig
+from cluster.config_file import load_config
 from tests.conftest import MODEL, ROOT
 
 
@@ -55,3 +56,54 @@ def test_the_import_path_is_put_back():
     with import_path(["/somewhere"]):
         assert sys.path[0] == "/somewhere"
     assert sys.path == before
+
+
+# The shipped configs: what neither the types nor vLLM's command line can prove (test_config_file.py loads them all)
+
+SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def shipped(name: str) -> ClusterConfig:
+    return load_config(ROOT / "configs" / name, check_engine=False)
+
+
+def test_the_shipped_configs_are_looked_at():
+    assert {"gpt-oss-20b.yaml", "gpt-oss-120b.yaml", "qwen3-0.6b.yaml", "qwen3-8b.yaml"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_name_parsers_that_vllm_has(name: str):
+    pytest.importorskip("vllm")
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    arguments = shipped(name).engine.vllm
+    assert arguments["enable_auto_tool_choice"] is True
+    # The command line takes any word for them; a wrong one ends the engine's start, minutes later.
+    assert arguments["tool_call_parser"] in ToolParserManager.list_registered()
+    assert arguments["reasoning_parser"] in ReasoningParserManager.list_registered()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_give_their_renderer_options_that_it_knows(name: str):
+    from pydantic import TypeAdapter
+    from renderers import RendererConfig
+    from renderers.base import MODEL_RENDERER_MAP
+
+    model = shipped(name).model
+    known = MODEL_RENDERER_MAP.get(model.path, "qwen3")
+    assert model.renderer in ("auto", known)
+    TypeAdapter(RendererConfig).validate_python({"name": known, **model.renderer_options})
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("gpt-oss")])
+def test_gpt_oss_prompts_do_not_change_with_the_day(name: str):
+    from rollout.rendering import build_renderer
+    from tests.rollout.harmony import HarmonyTokenizer
+
+    made = shipped(name)
+    date = made.engine.env["VLLM_SYSTEM_START_DATE"]
+    chat = build_renderer(HarmonyTokenizer(), made.model.renderer, made.model.renderer_options)
+    prompt = chat.decode(chat.render([{"role": "user", "content": "Hello"}], []))
+    assert f"Current date: {date}" in prompt, "sessions and the API begin with the same prompt"
+    assert made.replica_env()["VLLM_SYSTEM_START_DATE"] == date

@@ -110,6 +110,7 @@ def test_other_quotients_are_correctly_rounded(a: int, b: int):
         ("1e-101", "has more than 100 digits"),
         ("1e999999999", "has more than 100 digits"),
         (10**MAX_DIGITS + 1, "has more than 100 digits"),
+        (-(10**MAX_DIGITS) * 10, "has more than 100 digits"),
         ("1" * 10_000, "has more than 100 digits"),
     ],
     ids=lambda value: str(value)[:20],
@@ -118,6 +119,13 @@ def test_what_is_no_number_is_told_to_the_model(a: Any, problem: str):
     result = result_of("add", a, 1)
     assert result.outcome == "invalid_arguments"
     assert result.content == f"Error: invalid arguments for add: a: {problem}"
+
+
+@pytest.mark.parametrize("digits", [5_000, 4_000_000])
+def test_whole_numbers_that_python_itself_will_not_write_are_refused_in_the_same_words(digits: int):
+    result = result_of("multiply", 10**digits, 3)
+    assert result.content == "Error: invalid arguments for multiply: a: has more than 100 digits"
+    assert result.record.seconds < 1.0
 
 
 def test_division_by_zero_and_results_that_are_too_large():
