@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from actors import journal_records as records
+from actors.capture_service import CaptureService
 from actors.delivery import Delivery
 from actors.engine_client import EngineInfo
 from actors.journal import Journal
@@ -24,7 +25,19 @@ from actors.run_store import RunStore
 from actors.scheduler import Assignment, Scheduler
 from actors.weight_keeper import WeightKeeper
 from actors.worker_pool import WorkerPool
-from rollout.api import Acknowledged, Batch, LeaseRequest, NoBatch, RunInfo, RunRequest, Submitted
+from rollout.api import (
+    Acknowledged,
+    Batch,
+    CapturedSession,
+    LeaseRequest,
+    NoBatch,
+    OpenedSession,
+    RunInfo,
+    RunRequest,
+    Submitted,
+)
+from rollout.capture.calls import CapturedCall
+from rollout.capture.session_book import CaptureLimits
 from rollout.errors import RolloutError, UnavailableError, WorkerDied
 from rollout.tasks import Task
 from rollout.weights import WeightReport, WeightSource
@@ -55,6 +68,7 @@ class Controller:
         )
         self._service = RunService(self._store, settings.run_defaults)
         self._delivery = Delivery(self._store, self._service)
+        self._capture = CaptureService(self._store, settings.session_secret)
         self._weights: WeightKeeper | None = None
         self._recovered = records.recover(self._journal)
         self._engine: EngineInfo | None = None
@@ -172,6 +186,41 @@ class Controller:
         await self._until_ready()
         await self._delivery.release(lease_id)
 
+    # Captured sessions (see CaptureService)
+
+    async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
+        """An address for one black-box agent."""
+        await self._until_ready()
+        return await self._capture.open(run, task, limits)
+
+    async def session_info(self, session: str) -> CapturedSession:
+        """A session at this moment."""
+        await self._until_ready()
+        return self._capture.info(session)
+
+    async def reward_session(
+        self, session: str, reward: float | None, turn_rewards: dict[str, float] | None
+    ) -> CapturedSession:
+        """Score a session."""
+        await self._until_ready()
+        await self._capture.reward(session, reward, turn_rewards)
+        return self._capture.info(session)
+
+    async def close_session(self, session: str, cancel: bool) -> CapturedSession:
+        """Turn its calls into a trajectory."""
+        await self._until_ready()
+        return await self._capture.close(session, cancel=cancel)
+
+    async def begin_call(self, session: str, request_id: str) -> None:
+        """An engine is about to serve a session's request."""
+        await self._until_ready()
+        self._capture.begin(session, request_id)
+
+    async def end_call(self, session: str, request_id: str, calls: list[CapturedCall], lost: bool) -> None:
+        """An engine has served it."""
+        await self._until_ready()
+        self._capture.end(session, request_id, calls, lost)
+
     # Weights (see WeightKeeper)
 
     async def update_weights(self, source: WeightSource, version: int | None = None) -> WeightReport:
@@ -191,6 +240,10 @@ class Controller:
             "replicas": keeper.replicas.status(),
             "last_update": keeper.last_report,
         }
+
+    async def serving(self) -> list[str]:
+        """host:port of the engines' own servers, of those engines that carry the current weights. For the front."""
+        return self._weights.replicas.serving() if self._weights is not None else []
 
     # Looking
 
@@ -272,3 +325,4 @@ class Controller:
         while True:
             await asyncio.sleep(EXPIRE_S)
             self._delivery.expire(time.time())
+            await self._capture.expire()

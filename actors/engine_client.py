@@ -41,6 +41,8 @@ class EngineInfo:
     max_model_len: int
     tensor_parallel_size: int
     version: int
+    address: str = ""
+    """host:port of its own HTTP server, which speaks OpenAI's protocol; empty: it has none."""
 
 
 class _ServeRemote:

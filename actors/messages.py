@@ -65,6 +65,8 @@ class ControllerSettings:
     run_defaults: RunRequest
     """What runs take from the config where they say nothing."""
     worker_env: dict[str, str] = field(default_factory=dict)
+    session_secret: bytes = field(default=b"", repr=False)
+    """Makes the keys of captured sessions; engines have the same."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,19 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from rollout.api import Acknowledged, Batch, LeaseRequest, NoBatch, RunInfo, RunRequest, Submitted
+from rollout.api import (
+    Acknowledged,
+    Batch,
+    CapturedSession,
+    LeaseRequest,
+    NoBatch,
+    OpenedSession,
+    RunInfo,
+    RunRequest,
+    Submitted,
+)
+from rollout.capture.calls import CapturedCall
+from rollout.capture.session_book import CaptureLimits
 from rollout.errors import RolloutError, UnavailableError
 from rollout.tasks import Task
 from rollout.weights import WeightReport, WeightSource
@@ -99,6 +111,32 @@ class RayBackend:
     async def weights(self) -> dict[str, Any]:
         """See Backend."""
         return await self._call("weights")
+
+    async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
+        """See Backend."""
+        return await self._call("open_session", run, task, limits, repeat=False)
+
+    async def session_info(self, session: str) -> CapturedSession:
+        """See Backend."""
+        return await self._call("session_info", session)
+
+    async def reward_session(
+        self, session: str, reward: float | None, turn_rewards: dict[str, float] | None
+    ) -> CapturedSession:
+        """See Backend."""
+        return await self._call("reward_session", session, reward, turn_rewards)
+
+    async def close_session(self, session: str, cancel: bool) -> CapturedSession:
+        """See Backend."""
+        return await self._call("close_session", session, cancel)
+
+    async def begin(self, session_id: str, request_id: str) -> None:
+        """See deployments.capture.SessionKeeper."""
+        await self._call("begin_call", session_id, request_id)
+
+    async def end(self, session_id: str, request_id: str, calls: list[CapturedCall], lost: bool) -> None:
+        """See deployments.capture.SessionKeeper."""
+        await self._call("end_call", session_id, request_id, calls, lost)
 
     async def close(self) -> None:
         """See Backend."""

@@ -34,6 +34,8 @@ class ReplicaState:
 
     version: int | None = None
     """As it last said itself; None: it has said nothing yet."""
+    address: str = ""
+    """host:port of its own HTTP server."""
     failures: int = 0
     """In a row."""
     reason: str | None = None
@@ -52,10 +54,10 @@ class ReplicaTable:
         """Serve lists these now; others are gone."""
         self._states = {name: self._states.get(name, ReplicaState()) for name in names}
 
-    def answered(self, name: str, version: int) -> None:
-        """A replica said what it carries."""
-        if name in self._states:
-            self._states[name] = ReplicaState(version)
+    def answered(self, name: str, version: int, address: str | None = None) -> None:
+        """A replica said what it carries; `address` None: where it always was."""
+        if (state := self._states.get(name)) is not None:
+            self._states[name] = ReplicaState(version, state.address if address is None else address)
 
     def failed(self, name: str, reason: str) -> None:
         """A replica did not answer, or could not load."""
@@ -77,6 +79,12 @@ class ReplicaTable:
     def to_give_up(self) -> list[str]:
         """Replicas that failed too often."""
         return [name for name, state in self._states.items() if state.failures >= MAX_FAILURES]
+
+    def serving(self) -> list[str]:
+        """Addresses of the servers whose replicas carry the current version, or one that is about to become it."""
+        states = self._states.values()
+        fit = (s for s in states if not s.failures and s.version is not None and s.version >= self.current)
+        return sorted(state.address for state in fit if state.address)
 
     def names(self) -> list[str]:
         """All that Serve lists."""

@@ -30,6 +30,9 @@ from rollout.trajectory import SessionKey, StopReason, Trajectory
 
 logger = logging.getLogger(__name__)
 
+CAPTURED = "captured"
+"""The environment of runs whose sessions are played by black-box agents (see capture_service)."""
+
 
 @dataclass
 class Run:
@@ -48,6 +51,11 @@ class Run:
     leases_expired: int = 0
     staleness_sum: int = 0
     staleness_max: int = 0
+
+    @property
+    def captured(self) -> bool:
+        """Whether its sessions are opened from outside, and not given to workers."""
+        return self.spec.environment == CAPTURED
 
     def changed(self) -> None:
         self.news.set()
@@ -102,7 +110,7 @@ class RunStore:
         for lease in found.leases:
             self._recover_lease(lease)
         for name, run in self.runs.items():
-            for group in run.book.unfinished():
+            for group in run.book.unfinished() if not run.captured else []:
                 missing = [i for i in range(run.book.group_size) if i not in group.members]
                 if missing:
                     self.scheduler.queue(
@@ -168,7 +176,7 @@ class RunStore:
 
     def queue(self, run: Run, groups: Sequence[Group], *, first: bool = False) -> None:
         indexes = range(run.book.group_size)
-        for group in groups:
+        for group in groups if not run.captured else []:
             queued = QueuedGroup(run.book.group_id(group), group.task, indexes, time.time())
             self.scheduler.queue(run.book.run, queued, first=first)
         run.changed()

@@ -156,7 +156,7 @@ class WeightKeeper:
                     self.replicas.failed(name, f"it carries version {info.version} and cannot load {self.version}")
                     return
                 await self._call(name, "update_weights", UPDATE_SECONDS, self.source, self.version)
-            self.replicas.answered(name, self.version)
+            self.replicas.answered(name, self.version, info.address)
         except Exception as failure:
             self.replicas.failed(name, f"{type(failure).__name__}: {failure}")
 

@@ -18,8 +18,9 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "calculator" / "model"
-PARTS = ("turn_cost", "journal", "delivery", "session_path", "peers")
+PARTS = ("turn_cost", "journal", "delivery", "session_path", "serving", "peers")
 CONCURRENCY = (64, 256)
+STREAMS = (1, 16, 64)
 # The peers' clients are processes beside the server: with two ranks that hold both cores of a small machine, they
 # starve (verifiers: 0.1 of plain HTTP), and what is measured is the operating system.
 PEERS_TP = 1
@@ -35,8 +36,13 @@ AT_LEAST = {
     "rollouts_vs_skyrl_64": 1.2,
     "rollouts_vs_skyrl_256": 1.2,
     "journal_trajectories_per_s": 2_000.0,
+    **{f"serving_vs_vllm_tokens_{n}": 0.9 for n in STREAMS},
 }
-AT_MOST = {"turn_cost_growth_10k": 1.2, "journal_growth_10x": 1.2}
+AT_MOST = {
+    "turn_cost_growth_10k": 1.2,
+    "journal_growth_10x": 1.2,
+    **{f"serving_vs_vllm_ttft_{n}": 1.2 for n in STREAMS},
+}
 
 console = Console()
 
@@ -105,6 +111,16 @@ def _session_path(summary: dict[str, Any], model: Path, rounds: int, tp: int) ->
     summary["update_pause_ms_p50"] = found["update_pause_ms_p50"]
 
 
+def _serving(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
+    from benchmarks import serving
+
+    found = serving.measure(model, tensor_parallel_size=tp, concurrency=STREAMS, rounds=rounds)
+    for streams, point in found.items():
+        for ratio in ("tokens", "ttft"):
+            summary[f"serving_vs_vllm_{ratio}_{streams}"] = point.pop(ratio)
+        summary |= {f"serving_{name}_{streams}": value for name, value in point.items()}
+
+
 def _peers(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
     from benchmarks import session_path
     from benchmarks.peers.run import peers_table, run_peers
@@ -138,6 +154,7 @@ _BY_NAME = {
     "journal": _journal,
     "delivery": _delivery,
     "session_path": _session_path,
+    "serving": _serving,
     "peers": _peers,
 }
 

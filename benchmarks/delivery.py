@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks.journal import GROUP, _task, _trajectory
+from rollout.access import AccessSettings
 from rollout.record import to_table
 from rollout.trajectory import SessionKey
 
@@ -80,7 +81,7 @@ def measure(port: int = 8_955) -> dict[str, float]:
         controller = ray.remote(OneBatch).options(name=CONTROLLER, lifetime="detached").remote()
         ray.get(controller.weights.remote())
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_gateway_app(GatewaySpec(config.name, 2**20)), name=APP, route_prefix="/")
+        serve.run(build_gateway_app(GatewaySpec(config.name, 2**20, AccessSettings())), name=APP, route_prefix="/")
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, daemon=True).start()
 

@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.work import RENDERER_OPTIONS, REPLY, SAMPLING, TOKENS_PER_TURN, TURNS, Talk, make_tasks
+from benchmarks.work import RENDERER_OPTIONS, REPLY, TOKENS_PER_TURN, TURNS, Talk, make_tasks, sampling_for
+
+if TYPE_CHECKING:
+    from rollout import Sampling
 
 WORK = f"{Talk.__module__}:{Talk.__qualname__}"
 # Episodes of a round: enough waves that its ramp-up and tail are small.
@@ -33,6 +36,7 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
     assert extended is not None, "the renderer must extend this conversation"
     between = extended[len(opening) + len(filler) :]
 
+    sampling = sampling_for(model)
     found: dict[str, Any] = {"concurrency": {}}
     with _cluster(model, tensor_parallel_size, concurrency) as (engine, controllers):
         for concurrent in concurrency:
@@ -40,9 +44,9 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
             raw, ours = [], []
             for number in range(rounds + 1):
                 seconds = engine.raw_episodes.remote(
-                    opening, between, {**SAMPLING.to_vllm()}, episodes, concurrent
+                    opening, between, sampling.to_vllm(), episodes, concurrent
                 ).result(timeout_s=600)
-                session_seconds = _play(controllers[concurrent], episodes, f"bench-{concurrent}-{number}")
+                session_seconds = _play(controllers[concurrent], episodes, f"bench-{concurrent}-{number}", sampling)
                 if number:  # the first round warms both up
                     raw.append(seconds)
                     ours.append(session_seconds)
@@ -56,11 +60,11 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
             }
-        found["update_pause_ms_p50"] = _update_pause(controllers[concurrency[0]], model, concurrency[0])
+        found["update_pause_ms_p50"] = _update_pause(controllers[concurrency[0]], model, concurrency[0], sampling)
     return found
 
 
-def _update_pause(controller: Any, model: Path, sessions: int) -> float:
+def _update_pause(controller: Any, model: Path, sessions: int, sampling: Sampling) -> float:
     """Milliseconds that the engine stands still for new weights, median of updates under load."""
     import ray
 
@@ -69,7 +73,7 @@ def _update_pause(controller: Any, model: Path, sessions: int) -> float:
 
     source = CheckpointSource(path=str(model.resolve()))
     request = RunRequest.model_validate(
-        {"name": "pause", "environment": {"path": WORK}, "sampling": SAMPLING, "group_size": 1}
+        {"name": "pause", "environment": {"path": WORK}, "sampling": sampling, "group_size": 1}
     )
     ray.get(controller.create_run.remote(request))
     ray.get(controller.submit.remote("pause", make_tasks(20 * sessions)))
@@ -79,16 +83,15 @@ def _update_pause(controller: Any, model: Path, sessions: int) -> float:
     return statistics.median(report.pause_ms for report in reports)
 
 
-def _play(controller: Any, episodes: int, run: str) -> float:
+def _play(controller: Any, episodes: int, run: str, sampling: Sampling) -> float:
     import ray
 
     from rollout.api import LeaseRequest, RunRequest
     from rollout.limits import Limits
 
-    # A model of random mood may write a tool call; it is answered, and the episode has its three turns all the same.
     limits = Limits(max_turns=TURNS, engine_seconds=300)
     request = RunRequest.model_validate(
-        {"name": run, "environment": {"path": WORK}, "sampling": SAMPLING, "limits": limits, "group_size": 1}
+        {"name": run, "environment": {"path": WORK}, "sampling": sampling, "limits": limits, "group_size": 1}
     )
     ray.get(controller.create_run.remote(request))
     tasks = make_tasks(episodes)
@@ -100,7 +103,8 @@ def _play(controller: Any, episodes: int, run: str) -> float:
     info = ray.get(controller.run_info.remote(run))
     expected = episodes * TURNS * TOKENS_PER_TURN
     found = (batch.table.num_rows, info.tokens)
-    assert found == (episodes, expected), f"{found[0]} rows, {found[1]} tokens: {info}"
+    errors = {error for error in batch.table["error"].to_pylist() if error is not None}
+    assert found == (episodes, expected), f"{found[0]} rows, {found[1]} tokens, errors {errors}: {info}"
     ray.get(controller.forget.remote(run))
     return seconds
 

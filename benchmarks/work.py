@@ -6,6 +6,8 @@ between turns a short user message is appended. Log-probabilities of the sampled
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rollout import Environment, Episode, Message, Sampling, Task
 
 TURNS = 3
@@ -16,6 +18,14 @@ REPLY: Message = {"role": "user", "content": "Go on."}
 SAMPLING = Sampling(temperature=1.0, max_tokens=TOKENS_PER_TURN, min_tokens=TOKENS_PER_TURN, ignore_eos=True)
 # The history is never rewritten, so that three turns are one segment on every path.
 RENDERER_OPTIONS = {"thinking_retention": "all"}
+
+
+def sampling_for(model: Path) -> Sampling:
+    """The same without tool calls, which would end the likeness of the paths: they are parsed and answered."""
+    from tokenizers import Tokenizer
+
+    call = Tokenizer.from_file(str(model / "tokenizer.json")).token_to_id("<tool_call>")
+    return SAMPLING if call is None else SAMPLING.model_copy(update={"logit_bias": {call: -100.0}})
 
 
 class Talk(Environment):

@@ -13,8 +13,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from cluster.config_access import AccessConfig, check_exposure
+from cluster.config_agents import AgentConfig
+from cluster.config_section import Section
 from cluster.yaml_places import FieldPath
 from rollout.api import EnvironmentRef, RunRequest
 from rollout.errors import ConfigError
@@ -50,20 +53,7 @@ class FieldProblems(ValueError):
         super().__init__("; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in self.problems))
 
 
-class _Section(BaseModel):
-    """A section of the file. A field written as null, or with nothing after its colon, has its default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is rolled out, and how its messages become tokens."""
 
     path: str = Field(min_length=1)
@@ -85,7 +75,7 @@ class ModelConfig(_Section):
         return os.path.isabs(self.path)
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """The vLLM engines: how many, on what, with which of vLLM's own arguments."""
 
     device: Literal["cpu", "gpu"] = "gpu"
@@ -165,7 +155,7 @@ class EngineConfig(_Section):
         return self.tensor_parallel_size * (self.vllm.get("pipeline_parallel_size") or 1)
 
 
-class WorkersConfig(_Section):
+class WorkersConfig(Section):
     """The actors that run sessions."""
 
     count: int = Field(default=1, ge=1, le=4096)
@@ -173,7 +163,7 @@ class WorkersConfig(_Section):
     """Concurrent sessions of one worker, on one event loop."""
 
 
-class EnvironmentConfig(_Section):
+class EnvironmentConfig(Section):
     """What the model acts in: tools, replies and reward, as a class of yours."""
 
     path: str
@@ -189,7 +179,7 @@ class EnvironmentConfig(_Section):
         return value
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Defaults of a run. What a trainer gives with its run wins."""
 
     group_size: int = Field(default=8, ge=1, le=1024)
@@ -200,7 +190,7 @@ class RunConfig(_Section):
     """None: as many as the workers hold."""
 
 
-class JournalConfig(_Section):
+class JournalConfig(Section):
     """What must survive a death: tasks, leases, finished trajectories, the current weights."""
 
     path: str | None = None
@@ -211,18 +201,18 @@ class JournalConfig(_Section):
     when processes die."""
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     """The HTTP address of the cluster."""
 
     enabled: bool = True
     host: str = "127.0.0.1"
-    """Loopback only by default: there are no keys yet."""
+    """Another than loopback needs `access.keys`, `access.keys_file` or `access.jwt`."""
     port: int = Field(default=8800, ge=1, le=65535)
     max_body_mb: int = Field(default=64, ge=1, le=4096)
     """Largest request body."""
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster to run on."""
 
     address: str | None = None
@@ -238,7 +228,7 @@ class RayConfig(_Section):
         return self.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """One cluster: a model on engines, workers that roll it out, and the defaults of its runs."""
 
     name: str = "rollout"
@@ -255,6 +245,9 @@ class ClusterConfig(_Section):
     run: RunConfig = Field(default_factory=RunConfig)
     journal: JournalConfig = Field(default_factory=JournalConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    access: AccessConfig = Field(default_factory=AccessConfig)
+    agents: dict[str, AgentConfig] | None = None
+    """Agents by name. Left out: the environment is one, under the name of its class in lower case; {} means none."""
     ray: RayConfig = Field(default_factory=RayConfig)
     pythonpath: list[str] = Field(default_factory=list)
     """Directories put on the workers' import path (`load_config` makes them absolute)."""
@@ -285,6 +278,8 @@ class ClusterConfig(_Section):
         # With a Ray elsewhere the engines' machine is not this one, and its cores are unknown here.
         if self.ray.address is None and (problem := self._binding_problem()):
             problems.append((("engine", "vllm", "tensor_parallel_size"), problem))
+        if self.gateway.enabled and (problem := check_exposure(self.gateway.host, self.access)):
+            problems.append((("gateway", "host"), problem))
         if problems:
             raise FieldProblems(problems)
         return self
@@ -307,6 +302,13 @@ class ClusterConfig(_Section):
             limits=self.limits,
             group_size=self.run.group_size,
         )
+
+    def served_agents(self) -> dict[str, AgentConfig]:
+        """The agents that the gateway serves."""
+        if self.agents is not None or self.environment is None:
+            return self.agents or {}
+        path = self.environment.path
+        return {path.rpartition(":")[2].lower(): AgentConfig(environment=path, args=self.environment.args)}
 
     def replica_env(self) -> dict[str, str]:
         """Environment variables of the engine replicas: the project's, and on top what the file gives.

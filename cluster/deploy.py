@@ -6,22 +6,35 @@ without a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import state
 from cluster.config import ClusterConfig
+from cluster.loading_text import loading_text
+from cluster.ports import free_ports
 from cluster.state import ClusterState
+from rollout.access import AccessKey, AccessSettings, hash_key
 from rollout.errors import RolloutError
 
+if TYPE_CHECKING:
+    from deployments.gateway import GatewaySpec
+
 CONTROLLER = "controller"
+FRONT = "front"
 # Calls that the controller holds at once; each trainer that waits for a batch is one.
 CALLS = 4096
 GATEWAY_SECONDS = 60.0
+FRONT_SECONDS = 30.0
+# Progress that does not come at once is not waited for.
+BOARD_SECONDS = 2.0
 # Serve's clean end lets engines close their sockets; what is left after it is ended by signal anyway.
 SERVE_SHUTDOWN_SECONDS = 10.0
 
@@ -62,12 +75,16 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
     from ray import serve
 
     from actors.controller import Controller
+    from actors.loading_board import OPTIONS as BOARD_OPTIONS
+    from actors.loading_board import LoadingBoard
     from actors.messages import ControllerSettings, WorkerSettings
     from deployments.app import APP, DEPLOYMENT, EngineSpec, build_engine_app
     from deployments.gateway import APP as GATEWAY
-    from deployments.gateway import GatewaySpec, build_gateway_app
+    from deployments.gateway import build_gateway_app
+    from deployments.openai_server import ServingSpec
 
     started = time.monotonic()
+    secret = secrets.token_bytes(32)
     settings = ControllerSettings(
         worker=WorkerSettings(
             model=config.model.path,
@@ -88,6 +105,7 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
         journal_sync=config.journal.sync and lasting,
         run_defaults=config.run_defaults(),
         worker_env={"HF_HUB_OFFLINE": "1"} if config.model.is_local else {},
+        session_secret=secret,
     )
     handle = (
         ray.remote(Controller)
@@ -97,9 +115,21 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
     # The workers load the tokenizer while the engines load the weights.
     workers = handle.spawn_workers.remote()
     report(_engines(config, 0))
-    gateway = config.gateway
-    if gateway.enabled and lasting:
-        serve.start(proxy_location="HeadOnly", http_options={"host": gateway.host, "port": gateway.port})
+    front = config.gateway.enabled and lasting
+    internal = secrets.token_urlsafe(32)
+    access = replace(config.access.resolve(os.environ, config.gateway.max_body_mb), session_secret=secret)
+    if access.protected:
+        own = AccessKey("gateway", hash_key(internal), frozenset({"serve"}), limited=False)
+        access = replace(access, keys=(*access.keys, own))
+    board = (
+        ray.remote(LoadingBoard)
+        .options(**BOARD_OPTIONS, lifetime="detached", get_if_exists=True)
+        .remote(config.engine.replicas)
+    )
+    if front:
+        (port,) = free_ports(1)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        start_front(config, cluster, f"127.0.0.1:{port}")
     else:
         serve.start(proxy_location="Disabled")
     app = build_engine_app(
@@ -113,21 +143,73 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
             accelerator_type=config.engine.accelerator_type,
             warmup=config.engine.warmup,
             controller=f"{config.name}/{CONTROLLER}",
+            serving=ServingSpec("127.0.0.1", access) if front else None,
+            loading_board=config.name,
         )
     )
     # `serve.run` waits without a deadline and says nothing; so it waits in a thread, and we watch.
     failures: list[BaseException] = []
     threading.Thread(target=_serve_run, args=(app, APP, None, failures), daemon=True).start()
-    if gateway.enabled and lasting:
-        front = build_gateway_app(GatewaySpec(config.name, gateway.max_body_mb * 2**20))
-        threading.Thread(target=_serve_run, args=(front, GATEWAY, "/", failures), daemon=True).start()
-    _wait_for_engines(config, started, failures, report)
+    if front:
+        gateway = build_gateway_app(gateway_spec(config, access, internal))
+        threading.Thread(target=_serve_run, args=(gateway, GATEWAY, "/", failures), daemon=True).start()
+    _wait_for_engines(config, board, started, failures, report)
     report("connecting the session workers")
     left = max(1.0, config.engine.start_seconds - (time.monotonic() - started))
     ray.get(workers, timeout=left)
     ray.get(handle.connect.remote(), timeout=left)
-    if gateway.enabled and lasting:
+    if front:
         _wait_for_gateway(gateway_address(config), failures, report)
+
+
+def start_front(config: ClusterConfig, cluster: ClusterState, gateway: str) -> None:
+    """Listen at the cluster's address: HAProxy before the engines and before `gateway`. Raises LaunchError."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from actors.front import Front, make_folder
+    from actors.front_config import FrontSettings
+
+    host, port = config.gateway.host, config.gateway.port
+    handle = (
+        ray.remote(Front)
+        .options(
+            name=FRONT,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            # The address is that of this machine.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+        )
+        .remote(FrontSettings(host, port, gateway, cluster.temp_dir or make_folder()), CONTROLLER)
+    )
+    try:
+        ray.get(handle.start.remote(), timeout=FRONT_SECONDS)
+    except ray.exceptions.RayError as failure:
+        raise LaunchError(str(getattr(failure, "cause", failure))) from None
+
+
+def gateway_spec(config: ClusterConfig, access: AccessSettings, key: str) -> GatewaySpec:
+    """What the gateways are made of. `key`: with which they come to the engines."""
+    from deployments.agents import AgentSpec
+    from deployments.gateway import GatewaySpec
+
+    agents = [
+        AgentSpec(
+            name, agent.environment, agent.args, agent.description, agent.limits, agent.scopes, agent.show_tool_calls
+        )
+        for name, agent in config.served_agents().items()
+    ]
+    return GatewaySpec(
+        cluster=config.name,
+        max_body_bytes=config.gateway.max_body_mb * 2**20,
+        access=access,
+        engine=gateway_address(config),
+        engine_key=key if access.protected else "",
+        model=config.model.name,
+        agents=tuple(agents),
+        mcp_servers=dict(config.mcp_servers),
+    )
 
 
 def gateway_address(config: ClusterConfig) -> str:
@@ -166,7 +248,10 @@ def _serve_run(app: Any, name: str, prefix: str | None, failures: list[BaseExcep
         failures.append(failure)
 
 
-def _wait_for_engines(config: ClusterConfig, started: float, failures: list[BaseException], report: Report) -> None:
+def _wait_for_engines(
+    config: ClusterConfig, board: Any, started: float, failures: list[BaseException], report: Report
+) -> None:
+    import ray
     from ray import serve
 
     from deployments.app import APP, DEPLOYMENT
@@ -180,7 +265,11 @@ def _wait_for_engines(config: ClusterConfig, started: float, failures: list[Base
             why = deployment.message if deployment is not None and deployment.message else failures[0]
             raise LaunchError(f"the engines failed to start: {why}")
         running = sum(n for s, n in deployment.replica_states.items() if s == "RUNNING") if deployment else 0
-        report(_engines(config, running))
+        try:
+            far = loading_text(ray.get(board.snapshot.remote(), timeout=BOARD_SECONDS).events)
+        except ray.exceptions.RayError:
+            far = ""
+        report(f"{_engines(config, running)} {far}".rstrip())
         if status is not None and status.status == "RUNNING" and running >= config.engine.replicas:
             return
         if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -204,6 +293,7 @@ def undeploy() -> None:
     import ray
     from ray import serve
 
+    from actors.loading_board import BOARD_NAME
     from deployments.app import APP
     from deployments.gateway import APP as GATEWAY
 
@@ -212,6 +302,14 @@ def undeploy() -> None:
         ray.get(handle.stop.remote(), timeout=SERVE_SHUTDOWN_SECONDS)
         ray.kill(handle)
     except (RolloutError, ray.exceptions.RayError):
+        pass
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(BOARD_NAME))
+    try:
+        front = ray.get_actor(FRONT)
+        ray.get(front.stop.remote(), timeout=SERVE_SHUTDOWN_SECONDS)
+        ray.kill(front)
+    except (ValueError, ray.exceptions.RayError):
         pass
     serve.delete(APP)
     serve.delete(GATEWAY)

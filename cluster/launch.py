@@ -24,6 +24,7 @@ import psutil
 from cluster import state
 from cluster.config import ClusterConfig
 from cluster.deploy import LaunchError, Report, deploy, gateway_address, journal_path, undeploy
+from cluster.ports import free_ports
 from cluster.ray_auth import use_token
 from cluster.state import ClusterState
 from rollout.errors import RolloutError
@@ -159,7 +160,7 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
     # Short: Ray puts sockets below it, whose paths may not exceed 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="rollout-", dir="/tmp")
     log_file = os.path.join(temp_dir, "ray.log")
-    port, client_port, agent_port = _free_ports(3)
+    port, client_port, agent_port = free_ports(3)
     command = [
         os.path.join(os.path.dirname(sys.executable), "ray"),
         "start",
@@ -224,18 +225,6 @@ def _node_environment(config: ClusterConfig, cluster_id: str) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
 
 
 def log_tail(cluster: ClusterState, lines: int = 15) -> str:

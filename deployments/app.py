@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.lane_router import LaneRouter
+from deployments.openai_server import ServingSpec
 
 APP = "engine"
 DEPLOYMENT = "engine"
@@ -44,6 +45,10 @@ class EngineSpec:
     warmup: bool = True
     controller: str | None = None
     """"namespace/name" of the actor that starting replicas ask for the current weights; None: those of the model."""
+    serving: ServingSpec | None = None
+    """How each replica serves OpenAI's protocol, on a port of its own; None: not at all."""
+    loading_board: str | None = None
+    """Ray namespace of the loading board that replicas report to; None: they report nothing."""
 
 
 def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
@@ -76,7 +81,12 @@ def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
     return build_llm_deployment(
         config,
         deployment_cls=engine_cls or RolloutEngine,
-        bind_kwargs={"warmup": spec.warmup, "controller": spec.controller},
+        bind_kwargs={
+            "warmup": spec.warmup,
+            "controller": spec.controller,
+            "serving": spec.serving,
+            "loading_board": spec.loading_board,
+        },
         override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": START_ATTEMPTS},
     )
 

@@ -21,7 +21,13 @@ from ray.serve.llm.deployment import LLMServer
 
 from actors.engine_client import EngineInfo
 from actors.lanes import Answer
+from actors.loading_board import BoardReporter
+from actors.ray_backend import RayBackend
+from deployments import rank_loading
+from deployments.openai_server import OpenAIServer, ServingSpec
+from deployments.replica_loading import ReplicaLoading, with_progress
 from deployments.replica_weights import ReplicaUpdater
+from deployments.served_client import serve_policy
 from rollout.engine import GenerateRequest, Generation, VersionSpan
 from rollout.errors import EngineDied, EngineError, EngineRefused
 from rollout.weights import CheckpointSource, LoraSource, ReplicaWeights, WeightSource
@@ -74,23 +80,46 @@ class RolloutEngine(LLMServer):
     _default_engine_cls = RolloutVLLMEngine
 
     async def __init__(  # type: ignore[misc]
-        self, llm_config: Any, *, warmup: bool = True, controller: str | None = None
+        self,
+        llm_config: Any,
+        *,
+        warmup: bool = True,
+        controller: str | None = None,
+        serving: ServingSpec | None = None,
+        loading_board: str | None = None,
     ) -> None:
         """Start the engine, load the current weights, and generate once. Raises what vLLM raises.
 
         `controller`: "namespace/name" of the actor that knows the current weights; None: those of the model.
+        `serving`, `loading_board`: see EngineSpec.
         """
-        await super().__init__(llm_config)
         self._mailboxes: dict[str, _Mailbox] = {}
         self._in_flight = 0
         self._version = 0
-        # The engine's own label must be a number from the first token on; vLLM calls it "default".
-        await self._client.update_weight_version(str(self._version))
-        self._updater = ReplicaUpdater(_replica_name(), self._client, self._served(), self._set_version)
-        if controller is not None:
-            await self._catch_up(controller)
-        if warmup:
-            await self._warm_up()
+        self._server: OpenAIServer | None = None
+        self._loading = _reporter(llm_config, loading_board)
+        try:
+            await super().__init__(llm_config)
+            # The engine's own label must be a number from the first token on; vLLM calls it "default".
+            await self._client.update_weight_version(str(self._version))
+            self._updater = ReplicaUpdater(_replica_name(), self._client, self._served(), self._set_version)
+            if controller is not None:
+                await self._catch_up(controller)
+            if warmup:
+                await self._warm_up()
+            if serving is not None:
+                serve_policy(self._client, lambda: self._version, lambda: self._updater.lora)
+                namespace = (controller or "").partition("/")[0]
+                self._server = OpenAIServer(
+                    await self.engine.build_asgi_app(), serving, RayBackend(namespace), lambda: self._version
+                )
+                await self._server.start()
+        except BaseException as failure:
+            if self._loading is not None:
+                self._loading.error(failure)
+            raise
+        if self._loading is not None:
+            self._loading.ready()
 
     @property
     def _client(self) -> Any:
@@ -104,6 +133,7 @@ class RolloutEngine(LLMServer):
             max_model_len=config.model_config.max_model_len,
             tensor_parallel_size=config.parallel_config.tensor_parallel_size,
             version=self._version,
+            address=self._server.address if self._server is not None else "",
         )
 
     async def check_health(self) -> None:
@@ -254,6 +284,22 @@ class RolloutEngine(LLMServer):
         async with asyncio.timeout(WARMUP_TIMEOUT_S):
             await self._generate(request)
         logger.info("warm after %.1f s", time.perf_counter() - started)
+
+
+def _reporter(llm_config: Any, board: str | None) -> ReplicaLoading | None:
+    """Who tells the board how loading goes; vLLM's arguments are made to write it down. None without a board."""
+    if board is None:
+        return None
+    arguments = llm_config.engine_kwargs
+    ranks = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
+    reporter = ReplicaLoading(_replica_name(), BoardReporter(board), ranks=ranks)
+    model = str(llm_config.model_loading_config.model_source or llm_config.model_id)
+    changed = with_progress(arguments, model, reporter.directory)
+    # What has changed alone, and through its own method: Ray has sorted the arguments into others already.
+    llm_config.update_engine_kwargs(**{key: v for key, v in changed.items() if arguments.get(key) != v})
+    rank_loading.register()
+    reporter.start()
+    return reporter
 
 
 def _replica_name() -> str:

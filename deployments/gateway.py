@@ -6,15 +6,26 @@ costs its callers a repeated call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 
+from actors.loading_board import BoardReader
 from actors.ray_backend import RayBackend
-from deployments.routes import batches, errors, runs, weights
+from deployments.access import install as install_access
+from deployments.agents import AgentSpec, make_registry
+from deployments.chat_engine import HttpChatEngine
+from deployments.completions import HttpCompletions
+from deployments.routes import agents as agent_routes
+from deployments.routes import batches, errors, inference, loading, runs, sessions, weights
+from rollout.access import AccessSettings
+from rollout.agents.chat_engine import ChatEngine
+from rollout.agents.registry import AgentRegistry
 from rollout.backend import Backend
+from rollout.inference import CompletionEngine
+from rollout.mcp_config import McpServerConfig
 
 APP = "gateway"
 # Calls that one gateway holds at once, long polls included.
@@ -30,11 +41,31 @@ class GatewaySpec:
     cluster: str
     """The cluster's name, which is its controller's Ray namespace."""
     max_body_bytes: int
+    access: AccessSettings
+    engine: str = ""
+    """Address at which agents reach the model; empty: there are no agents."""
+    engine_key: str = field(default="", repr=False)
+    model: str = ""
+    """The model's name there."""
+    agents: tuple[AgentSpec, ...] = ()
+    mcp_servers: Mapping[str, McpServerConfig] = field(default_factory=dict, repr=False)
     replicas: int = 1
 
 
-def make_app(backend: Callable[[], Backend], max_body_bytes: int) -> FastAPI:
-    """The application. `backend` is called once, with the first request."""
+def make_app(
+    backend: Callable[[], Backend],
+    max_body_bytes: int,
+    access: AccessSettings | None = None,
+    board: Any = None,
+    agents: AgentRegistry | None = None,
+    chat: ChatEngine | None = None,
+    completions: CompletionEngine | None = None,
+) -> FastAPI:
+    """The application. `backend` is called once, with the first request.
+
+    `access`: None: everybody may do everything. `board`: where loading is reported (routes.loading.Loading).
+    `agents` speak to the model through `chat`, `/v1/inference` through `completions`.
+    """
     app = FastAPI(
         title="rollout-cluster",
         description="Tasks in, training-ready trajectories out, weights back.",
@@ -43,8 +74,11 @@ def make_app(backend: Callable[[], Backend], max_body_bytes: int) -> FastAPI:
     )
     app.state.max_body_bytes = max_body_bytes
     app.state.backend = _Lazy(backend)
+    app.state.loading = board
+    app.state.agents, app.state.chat_engine = agents or AgentRegistry(), chat
+    app.state.completions = completions
     errors.install(app)
-    for module in (runs, batches, weights):
+    for module in (runs, batches, weights, sessions, loading, inference, agent_routes):
         app.include_router(module.router)
 
     @app.get("/health", tags=["health"])
@@ -58,6 +92,7 @@ def make_app(backend: Callable[[], Backend], max_body_bytes: int) -> FastAPI:
         state = await request.app.state.backend.weights()
         return {"status": "ready", "policy_version": state["version"], "replicas": len(state["replicas"])}
 
+    install_access(app, access or AccessSettings())
     return app
 
 
@@ -79,7 +114,15 @@ def build_gateway_app(spec: GatewaySpec) -> Any:
     from ray import serve
 
     def make() -> FastAPI:
-        return make_app(lambda: RayBackend(spec.cluster, patience=PATIENCE_S), spec.max_body_bytes)
+        return make_app(
+            lambda: RayBackend(spec.cluster, patience=PATIENCE_S),
+            spec.max_body_bytes,
+            spec.access,
+            BoardReader(spec.cluster),
+            make_registry(spec.agents, spec.mcp_servers),
+            HttpChatEngine(spec.engine, spec.model, api_key=spec.engine_key or None) if spec.engine else None,
+            HttpCompletions(spec.engine, spec.model, api_key=spec.engine_key or None) if spec.engine else None,
+        )
 
     @serve.deployment(
         name=APP,

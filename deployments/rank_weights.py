@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from deployments import rank_loading
 from deployments.checkpoint import read_headers, tensor_digest
 
 # The position weights of the checksum repeat after so many elements: a prime, so that it fits no layer's width.
@@ -32,6 +33,8 @@ def _request_amx() -> None:
 
 
 _request_amx()
+# vLLM imports this module in every rank before it loads anything.
+rank_loading.register()
 
 
 class RankWeights:

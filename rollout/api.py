@@ -7,7 +7,7 @@ refused, sizes are bounded.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -222,3 +222,40 @@ class RunInfo:
     def finished(self) -> bool:
         """It had tasks, and nothing is waiting, running, ready or leased."""
         return 0 < self.submitted == self.done
+
+
+@dataclass(slots=True)
+class OpenedSession:
+    """A captured session, and how an agent reaches it."""
+
+    session_id: str
+    trajectory_id: str
+    api_key: str
+    """For this session alone."""
+    base_url: str = ""
+    """For OpenAI's clients."""
+    anthropic_base_url: str = ""
+    """For Anthropic's, which add /v1 themselves."""
+
+    def at(self, address: str) -> OpenedSession:
+        """The same with its addresses, as seen from where `address` is the cluster's."""
+        api = f"{address.rstrip('/')}/v1/sessions/{self.session_id}/api"
+        return replace(self, base_url=f"{api}/v1", anthropic_base_url=api)
+
+
+@dataclass(slots=True)
+class CapturedSession:
+    """A captured session at a moment. What is null is known when it is closed."""
+
+    session_id: str
+    trajectory_id: str
+    state: str
+    """open, rewarded or closed"""
+    calls: list[str]
+    """Ids of the generations so far."""
+    tokens: int
+    """Sampled so far."""
+    segments: int | None
+    stop_reason: str | None
+    reward: float | None
+    error: str | None

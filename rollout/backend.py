@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rollout.api import Acknowledged, Batch, LeaseRequest, NoBatch, RunInfo, RunRequest, Submitted
+from rollout.api import (
+    Acknowledged,
+    Batch,
+    CapturedSession,
+    LeaseRequest,
+    NoBatch,
+    OpenedSession,
+    RunInfo,
+    RunRequest,
+    Submitted,
+)
+from rollout.capture.session_book import CaptureLimits
 from rollout.tasks import Task
 from rollout.weights import WeightReport, WeightSource
 
@@ -61,6 +72,20 @@ class Backend(Protocol):
 
     async def weights(self) -> dict[str, Any]:
         """Version, source and replicas."""
+
+    async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
+        """An address for one black-box agent. Never repeated by itself: each call is a session."""
+
+    async def session_info(self, session: str) -> CapturedSession:
+        """A captured session at this moment."""
+
+    async def reward_session(
+        self, session: str, reward: float | None, turn_rewards: dict[str, float] | None
+    ) -> CapturedSession:
+        """Score it; the same again changes nothing."""
+
+    async def close_session(self, session: str, cancel: bool) -> CapturedSession:
+        """Turn its calls into a trajectory; again, they are one."""
 
     async def close(self) -> None:
         """Release connections."""

