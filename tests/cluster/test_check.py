@@ -81,7 +81,9 @@ def test_shipped_configs_name_parsers_that_vllm_has(name: str):
     assert arguments["enable_auto_tool_choice"] is True
     # The command line takes any word for them; a wrong one ends the engine's start, minutes later.
     assert arguments["tool_call_parser"] in ToolParserManager.list_registered()
-    assert arguments["reasoning_parser"] in ReasoningParserManager.list_registered()
+    # The calculator's model has no tags in its last turn, so its configs name none.
+    if arguments.get("reasoning_parser") is not None:
+        assert arguments["reasoning_parser"] in ReasoningParserManager.list_registered()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
