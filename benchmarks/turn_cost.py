@@ -51,6 +51,7 @@ async def _point(model: Path, concurrent: int) -> dict[str, Any]:
     from rollout.rendering import load_renderer
     from rollout.session import Session
     from rollout.testing.scripted_engine import ScriptedEngine
+    from rollout.token_model import TokenModel
     from rollout.trajectory import SessionKey
 
     chat = load_renderer(str(model))
@@ -70,9 +71,8 @@ async def _point(model: Path, concurrent: int) -> dict[str, Any]:
             data={"answers": ["229"]},
         )
         key = SessionKey("bench", task.task_id, f"bench/{task.task_id}", index)
-        session = Session(
-            key, task, environment=Calculator, engine=engine, chat=chat, sampling=sampling, limits=limits
-        )
+        model = TokenModel(key, engine, chat, sampling)
+        session = Session(key, task, environment=Calculator, model=model, limits=limits)
         trajectory = await session.run()
         return trajectory.stop_reason == "stop" and trajectory.reward == 1.0
 

@@ -1,8 +1,8 @@
 """The session loop: model → tools → model …, until one named ending.
 
 Invariant: `run` always returns a trajectory and never raises; whatever happened is in its `stop_reason` and
-`error`. Every wait has a deadline. Tokens are written by the ledger alone, and a prompt that the engine has not
-seen is never recorded. The loop knows neither Ray nor vLLM: an Engine and a ChatRenderer are handed in.
+`error`. Every wait has a deadline. The loop knows neither tokens nor engines: a SessionModel speaks the assistant's
+turns, whoever it asks.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rollout.engine import Engine, Generation
+from rollout import tracing
 from rollout.environment import Environment, EnvironmentFactory, Episode, Turn
 from rollout.errors import (
-    EngineDied,
-    EngineRefused,
     EngineTimeout,
     EnvironmentError_,
     RolloutError,
     SessionTimeout,
     describe,
 )
-from rollout.ledger import Ledger
 from rollout.limits import Limits
 from rollout.mcp_tools import McpServers
-from rollout.rendering import ChatRenderer, ParsedTurn
-from rollout.sampling import Sampling, turn_seed
+from rollout.rendering import ParsedTurn
+from rollout.session_model import SessionModel
 from rollout.tasks import Message, Task
 from rollout.tool_calls import ToolCall, ToolCallRecord, ToolSet, run_anywhere
 from rollout.trajectory import SessionKey, StopReason, Timing, Trajectory
@@ -47,9 +44,7 @@ class Session:
         task: Task,
         *,
         environment: EnvironmentFactory,
-        engine: Engine,
-        chat: ChatRenderer,
-        sampling: Sampling,
+        model: SessionModel,
         limits: Limits,
         mcp: McpServers | None = None,
         attempt: int = 1,
@@ -58,19 +53,15 @@ class Session:
         self.key = key
         self.task = task
         self._make_environment = environment
-        self._engine = engine
-        self._chat = chat
-        self._sampling = sampling
+        self._model = model
         self._limits = limits
         self._mcp = mcp
         self._attempt = attempt
-        self._ledger = Ledger()
         self._messages: list[Message] = []
         self._turns: list[Turn] = []
         self._turn_rewards: list[float | None] = []
         self._tool_calls: list[ToolCallRecord] = []
         self._tools = ToolSet()
-        self._specs: list[dict[str, Any]] = []
         self._timing = Timing(queue_s=queue_s)
         self._environment: Environment | None = None
         self._deadline = math.inf
@@ -94,11 +85,12 @@ class Session:
         except RolloutError as failure:
             # The trajectory is whole and scored; that its environment did not close is worth a word, no more.
             error = error or failure
+        self._timing.engine_s = self._model.engine_seconds
         self._timing.total_s = time.perf_counter() - started
         rewards = self._turn_rewards if any(value is not None for value in self._turn_rewards) else None
         return Trajectory(
             key=self.key,
-            segments=self._ledger.segments,
+            segments=self._model.segments,
             stop_reason=stop_reason,
             messages=self._messages,
             reward=reward if stop_reason not in _NOT_SCORED else None,
@@ -133,28 +125,32 @@ class Session:
     async def _play(self) -> StopReason:
         await self._open()
         while True:
-            generation, budget_reason = await self._generate()
-            parsed = await self._parse(generation)
-            self._messages.append(parsed.to_message())
-            turn = Turn(len(self._turns), parsed.content, parsed.reasoning, num_tokens=len(generation.token_ids))
-            self._turns.append(turn)
-            if generation.finish_reason == "length":
-                # A truncated turn is not acted on: half a tool call is none.
-                await self._reward_turn(turn)
-                return budget_reason
-            new_messages, tool_seconds = await self._answer(turn, parsed)
-            await self._reward_turn(turn)
-            if not new_messages:
-                return "stop"
-            self._messages.extend(new_messages)
-            limit = self._limits.max_tool_errors
-            if limit is not None and sum(not call.ok for call in self._tool_calls) >= limit:
-                return "tool_error"
-            if len(self._turns) >= self._limits.max_turns:
-                return "max_turns"
-            ending = await self._advance(new_messages, tool_seconds)
+            with tracing.span("turn", turn=len(self._turns)) as span:
+                ending = await self._turn(span)
             if ending is not None:
                 return ending
+
+    async def _turn(self, span: tracing.Span) -> StopReason | None:
+        """One turn of the model, and what the world says to it. The ending, if there is no other turn."""
+        said = await self._model.turn(len(self._turns), self._messages, deadline=self._deadline)
+        self._messages.append(said.message)
+        turn = Turn(len(self._turns), said.parsed.content, said.parsed.reasoning, num_tokens=said.num_tokens)
+        self._turns.append(turn)
+        span.set(output_tokens=said.num_tokens, tool_calls=len(said.parsed.calls))
+        if said.ending is not None:
+            await self._reward_turn(turn)
+            return said.ending
+        new_messages, tool_seconds = await self._answer(turn, said.parsed)
+        await self._reward_turn(turn)
+        if not new_messages:
+            return "stop"
+        self._messages.extend(new_messages)
+        limit = self._limits.max_tool_errors
+        if limit is not None and sum(not call.ok for call in self._tool_calls) >= limit:
+            return "tool_error"
+        if len(self._turns) >= self._limits.max_turns:
+            return "max_turns"
+        return await self._model.advance(self._messages, new_messages, seconds=tool_seconds)
 
     def _checked_environment(self) -> Environment:
         try:
@@ -165,7 +161,7 @@ class Session:
             raise EnvironmentError_(f"could not be made: {type(failure).__name__}: {failure}") from failure
 
     async def _open(self) -> None:
-        """Tools and the first prompt."""
+        """Tools and the opening messages."""
         assert self._environment is not None
         tools = self._environment.all_tools()
         for name in self._environment.mcp_servers:
@@ -176,61 +172,12 @@ class Session:
             self._tools = ToolSet(tools)
         except ValueError as failure:
             raise EnvironmentError_(str(failure)) from None
-        self._specs = self._tools.specs
         await self._ask("setup", self.task)
         prompt = self._environment.system_prompt
         if prompt is not None:
             self._messages.append({"role": "system", "content": prompt})
         self._messages.extend(self.task.messages)
-        size = sum(len(str(message.get("content"))) for message in self._messages)
-        self._ledger.open(await self._chat.run(size, lambda chat: chat.open(self._messages, self._specs)))
-
-    async def _generate(self) -> tuple[Generation, StopReason]:
-        """One generation, and the ending that it means if its length is what stopped it."""
-        context = self._ledger.context()
-        room = self._engine.max_model_len - len(context)
-        if room < 1:
-            # Only the very first prompt can come here; later ones are measured before they are recorded.
-            raise EngineRefused(
-                f"the prompt has {len(context)} tokens and fills the model's context of "
-                f"{self._engine.max_model_len}; shorten the task or raise engine.vllm.max_model_len"
-            )
-        left = self._limits.max_response_tokens - self._ledger.num_response_tokens
-        budget = min(self._sampling.max_tokens, room, left)
-        reason: StopReason = "max_tokens" if left < min(self._sampling.max_tokens, room) else "length"
-        sampling = self._turn_sampling(budget)
-        timeout = min(self._limits.engine_seconds, self._deadline - asyncio.get_running_loop().time())
-        started = time.perf_counter()
-        try:
-            generation = await self._engine.generate(
-                context, sampling, session_id=self.key.trajectory_id, timeout=timeout
-            )
-        finally:
-            seconds = time.perf_counter() - started
-            self._timing.engine_s += seconds
-        if generation.finish_reason == "abort":
-            raise EngineDied("the engine aborted the request")
-        self._ledger.sample(generation, seconds)
-        return generation, reason
-
-    def _turn_sampling(self, budget: int) -> dict[str, Any]:
-        sampling = self._sampling.to_vllm()
-        sampling["max_tokens"] = budget
-        if sampling.get("min_tokens", 0) > budget:
-            sampling["min_tokens"] = budget
-        if not self._sampling.ignore_eos:
-            sampling["stop_token_ids"] = [*self._chat.stop_token_ids, *self._sampling.stop_token_ids]
-        if self._sampling.seed is not None:
-            key = f"{self.key.task_id}/{self.key.sample_index}"
-            sampling["seed"] = turn_seed(self._sampling.seed, key, len(self._turns))
-        return sampling
-
-    async def _parse(self, generation: Generation) -> ParsedTurn:
-        completion = generation.token_ids.tolist()
-        context = self._ledger.context()
-        prompt = context[: len(context) - len(completion)].tolist()
-        turn = len(self._turns)
-        return await self._chat.run(len(completion), lambda chat: chat.parse(completion, prompt, self._specs, turn))
+        await self._model.open(self._messages, self._tools.specs, self._limits)
 
     async def _answer(self, turn: Turn, parsed: ParsedTurn) -> tuple[list[Message], float]:
         """What the world says to a turn: tool results, or the environment's reply. Empty: it is over."""
@@ -249,41 +196,6 @@ class Session:
         turn.tool_calls = [result.record for result in results]
         self._tool_calls.extend(turn.tool_calls)
         return [_tool_message(result.call, result.content) for result in results], seconds
-
-    async def _advance(self, new_messages: list[Message], seconds: float) -> StopReason | None:
-        """Record the next prompt: as an extension of the context, else as a fork. An ending if it does not fit."""
-        segment = self._ledger.segments[-1]
-        span = segment.turns[-1]
-        completion = segment.response_ids[span.start :].tolist()
-        prompt_ids = (segment.prompt_ids + segment.response_ids[: span.start]).tolist()
-        fork_reason: str | None = None
-        size = len(completion) + sum(len(str(message.get("content"))) for message in new_messages)
-        prompt = await self._chat.run(
-            size, lambda chat: chat.extend(prompt_ids, completion, new_messages, self._specs)
-        )
-        if prompt is None:
-            fork_reason = f"{self._chat.name} does not extend this history"
-        elif not self._ledger.extends(prompt):
-            prompt, fork_reason = None, f"{self._chat.name} would change sampled tokens"
-        if prompt is None:
-            prompt = await self._render()
-            if self._ledger.extends(prompt):
-                # The template itself left the past alone, token by token: that is as good as an extension.
-                fork_reason = None
-        if len(prompt) >= self._engine.max_model_len:
-            return "length"
-        added = 0 if fork_reason else len(prompt) - len(prompt_ids) - len(completion)
-        if self._ledger.num_response_tokens + added >= self._limits.max_response_tokens:
-            return "max_tokens"
-        if fork_reason:
-            self._ledger.open(prompt, fork_reason)
-        else:
-            self._ledger.observe(prompt, role=new_messages[0]["role"], seconds=seconds)
-        return None
-
-    async def _render(self) -> list[int]:
-        size = sum(len(str(message.get("content"))) for message in self._messages)
-        return await self._chat.run(size, lambda chat: chat.render(self._messages, self._specs))
 
     async def _reward_turn(self, turn: Turn) -> None:
         value = await self._ask("turn_reward", turn, self._episode(None))
@@ -309,8 +221,9 @@ class Session:
         seconds = self._limits.environment_seconds
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(seconds) as deadline:
-                return await run_anywhere(_with(method, arguments), {})
+            with tracing.span("environment", method=name):
+                async with asyncio.timeout(seconds) as deadline:
+                    return await run_anywhere(_with(method, arguments), {})
         except TimeoutError as failure:
             took = f"took longer than {seconds:g} s" if deadline.expired() else f"raised {failure!r}"
             raise EnvironmentError_(f"{name} {took}") from failure

@@ -13,6 +13,7 @@ from rollout.sampling import Sampling
 from rollout.session import Session
 from rollout.tasks import Task
 from rollout.testing.scripted_engine import Answer, ScriptedEngine
+from rollout.token_model import TokenModel
 from rollout.tools import tool
 from rollout.trajectory import SessionKey, Trajectory
 
@@ -69,13 +70,12 @@ def session(
     **limits: Any,
 ) -> Session:
     """A session ready to run."""
+    key = SessionKey("run", task_id, f"run/{task_id}", index)
     return Session(
-        SessionKey("run", task_id, f"run/{task_id}", index),
+        key,
         Task(task_id=task_id, messages=list(messages), metadata={"level": 1}),
         environment=environment,
-        engine=engine,
-        chat=chat,
-        sampling=sampling or Sampling(max_tokens=64),
+        model=TokenModel(key, engine, chat, sampling or Sampling(max_tokens=64)),
         limits=Limits(**limits),
     )
 

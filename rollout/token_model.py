@@ -1,0 +1,152 @@
+"""The token path of a session: prompts as ids to an engine, sampled ids into the ledger.
+
+Invariant: tokens are written by the ledger alone, a sampled token is never encoded again, and a prompt that the
+engine has not seen is never recorded. Where the chat format cannot extend the history, or would change what was
+sampled, a new segment begins and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rollout import tracing
+from rollout.engine import Engine, Generation
+from rollout.errors import EngineDied, EngineRefused
+from rollout.ledger import Ledger, Segment
+from rollout.limits import Limits
+from rollout.rendering import ChatRenderer, ParsedTurn
+from rollout.sampling import Sampling, turn_seed
+from rollout.session_model import ModelTurn
+from rollout.tasks import Message
+from rollout.trajectory import SessionKey, StopReason
+
+
+class TokenModel:
+    """One session's assistant, on an engine that speaks tokens. A `SessionModel`."""
+
+    def __init__(self, key: SessionKey, engine: Engine, chat: ChatRenderer, sampling: Sampling) -> None:
+        self._key = key
+        self._engine = engine
+        self._chat = chat
+        self._sampling = sampling
+        self._limits = Limits()
+        self._specs: list[dict[str, Any]] = []
+        self._ledger = Ledger()
+        self._engine_seconds = 0.0
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The ledger's."""
+        return self._ledger.segments
+
+    @property
+    def engine_seconds(self) -> float:
+        """Seconds in the engine, its queue included."""
+        return self._engine_seconds
+
+    async def open(self, messages: Sequence[Message], specs: list[dict[str, Any]], limits: Limits) -> None:
+        """Render the first prompt."""
+        self._specs, self._limits = specs, limits
+        self._ledger.open(await self._chat.run(_characters(messages), lambda chat: chat.open(messages, specs)))
+
+    async def turn(self, index: int, messages: Sequence[Message], *, deadline: float) -> ModelTurn:
+        """Sample, record, parse."""
+        context = self._ledger.context()
+        room = self._engine.max_model_len - len(context)
+        if room < 1:
+            # Only the very first prompt can come here; later ones are measured before they are recorded.
+            raise EngineRefused(
+                f"the prompt has {len(context)} tokens and fills the model's context of "
+                f"{self._engine.max_model_len}; shorten the task or raise engine.vllm.max_model_len"
+            )
+        left = self._limits.max_response_tokens - self._ledger.num_response_tokens
+        budget = min(self._sampling.max_tokens, room, left)
+        generation = await self._generate(index, budget, deadline)
+        ending: StopReason | None = None
+        if generation.finish_reason == "length":
+            ending = "max_tokens" if left < min(self._sampling.max_tokens, room) else "length"
+        completion = generation.token_ids.tolist()
+        parsed = await self._parse(index, context.tolist(), completion)
+        return ModelTurn(parsed, parsed.to_message(), len(completion), ending)
+
+    async def advance(
+        self, messages: Sequence[Message], new_messages: Sequence[Message], *, seconds: float
+    ) -> StopReason | None:
+        """Record the next prompt: as an extension of the context, else as a fork. An ending if it does not fit."""
+        segment = self._ledger.segments[-1]
+        span = segment.turns[-1]
+        completion = segment.response_ids[span.start :].tolist()
+        prompt_ids = (segment.prompt_ids + segment.response_ids[: span.start]).tolist()
+        fork_reason: str | None = None
+        prompt = await self._chat.run(
+            len(completion) + _characters(new_messages),
+            lambda chat: chat.extend(prompt_ids, completion, new_messages, self._specs),
+        )
+        if prompt is None:
+            fork_reason = f"{self._chat.name} does not extend this history"
+        elif not self._ledger.extends(prompt):
+            prompt, fork_reason = None, f"{self._chat.name} would change sampled tokens"
+        if prompt is None:
+            prompt = await self._chat.run(_characters(messages), lambda chat: chat.render(messages, self._specs))
+            if self._ledger.extends(prompt):
+                # The template itself left the past alone, token by token: that is as good as an extension.
+                fork_reason = None
+        if len(prompt) >= self._engine.max_model_len:
+            return "length"
+        added = 0 if fork_reason else len(prompt) - len(prompt_ids) - len(completion)
+        if self._ledger.num_response_tokens + added >= self._limits.max_response_tokens:
+            return "max_tokens"
+        if fork_reason:
+            self._ledger.open(prompt, fork_reason)
+        else:
+            self._ledger.observe(prompt, role=new_messages[0]["role"], seconds=seconds)
+        return None
+
+    async def _generate(self, index: int, budget: int, deadline: float) -> Generation:
+        timeout = min(self._limits.engine_seconds, deadline - asyncio.get_running_loop().time())
+        started = time.perf_counter()
+        context = self._ledger.context()
+        try:
+            with tracing.span("engine", input_tokens=len(context)) as span:
+                generation = await self._engine.generate(
+                    context,
+                    self._turn_sampling(index, budget),
+                    session_id=self._key.trajectory_id,
+                    timeout=timeout,
+                )
+                versions = generation.versions
+                span.set(
+                    output_tokens=len(generation.token_ids),
+                    finish_reason=generation.finish_reason,
+                    policy_version=versions[-1].version if versions else None,
+                )
+        finally:
+            seconds = time.perf_counter() - started
+            self._engine_seconds += seconds
+        if generation.finish_reason == "abort":
+            raise EngineDied("the engine aborted the request")
+        self._ledger.sample(generation, seconds)
+        return generation
+
+    def _turn_sampling(self, index: int, budget: int) -> dict[str, Any]:
+        sampling = self._sampling.to_vllm()
+        sampling["max_tokens"] = budget
+        if sampling.get("min_tokens", 0) > budget:
+            sampling["min_tokens"] = budget
+        if not self._sampling.ignore_eos:
+            sampling["stop_token_ids"] = [*self._chat.stop_token_ids, *self._sampling.stop_token_ids]
+        if self._sampling.seed is not None:
+            key = f"{self._key.task_id}/{self._key.sample_index}"
+            sampling["seed"] = turn_seed(self._sampling.seed, key, index)
+        return sampling
+
+    async def _parse(self, index: int, prompt: list[int], completion: list[int]) -> ParsedTurn:
+        return await self._chat.run(len(completion), lambda chat: chat.parse(completion, prompt, self._specs, index))
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    """Roughly what there is to encode: decides whether it is done off the event loop."""
+    return sum(len(str(message.get("content"))) for message in messages)
