@@ -1,4 +1,5 @@
-"""API keys of captured sessions: made from the session's id and the cluster's secret, so that nobody has to be asked.
+"""API keys of captured sessions and of remote rollouts: made from the session's or rollout's id and a secret, so that
+nobody has to be asked.
 
 Invariant: a key opens its own session alone, and cannot be made without the secret.
 """
@@ -11,7 +12,14 @@ import hmac
 PREFIX = "ses_"
 SESSION_CALLER = "session:"
 """How callers with such a key are named, before the session's id."""
+REMOTE_ROLLOUTS = "remote rollouts"
+"""Purpose of the keys with which remote rollout servers call back; see derived_secret."""
 _MAC_CHARS = 40  # 160 bits
+
+
+def derived_secret(secret: bytes, purpose: str) -> bytes:
+    """A secret for another kind of keys: they open nothing of the first kind. Empty if there is no secret."""
+    return hmac.new(secret, purpose.encode(), hashlib.sha256).digest() if secret else b""
 
 
 def session_key(secret: bytes, session_id: str) -> str:

@@ -1,0 +1,1 @@
+"""A remote rollout server in one file, to copy."""
