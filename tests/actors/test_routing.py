@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.routing import ReplicaLoad, choose_replica
+from actors.routing import SMALL_FLEET, ReplicaLoad, choose_replica
 
 
 def loads(**in_flight: int) -> dict[str, ReplicaLoad]:
@@ -64,3 +64,31 @@ def test_the_choice_is_current_and_within_the_margin_of_the_best(
         assert replicas[chosen].in_flight == least
         if held in replicas and replicas[held].version == newest:
             assert replicas[held].in_flight >= least + margin, "it was left for a reason"
+
+
+# Large fleets
+
+FLEET = {f"r{number:02d}": ReplicaLoad(number) for number in range(4 * SMALL_FLEET)}
+
+
+def test_in_a_large_fleet_the_better_of_two_is_taken_and_no_other_is_looked_at():
+    assert choose_replica(FLEET, None, 4, lambda names, count: ["r20", "r09"][:count]) == "r09"
+    assert choose_replica(FLEET, "r12", 4, lambda names, count: ["r20", "r09"]) == "r12"
+    assert choose_replica(FLEET, "r13", 4, lambda names, count: ["r20", "r09"]) == "r09"
+
+
+def test_the_margin_grows_with_the_load():
+    crowded = {name: ReplicaLoad(100 + load.in_flight) for name, load in FLEET.items()}
+    assert choose_replica(crowded, "r24", 4, lambda names, count: ["r00", "r31"]) == "r24"
+    assert choose_replica(crowded, "r25", 4, lambda names, count: ["r00", "r31"]) == "r00"
+
+
+def test_workers_with_the_same_view_do_not_all_take_the_same_one():
+    idle = {name: ReplicaLoad(0) for name in FLEET}
+    chosen = {choose_replica(idle, None, 4) for _ in range(500)}
+    assert len(chosen) > len(FLEET) / 2
+
+
+def test_chance_is_only_asked_for_current_replicas():
+    mixed = {name: ReplicaLoad(load.in_flight, version=int(name > "r15")) for name, load in FLEET.items()}
+    assert all(mixed[str(choose_replica(mixed, "r00", 4))].version == 1 for _ in range(100))
