@@ -70,6 +70,8 @@ class Agent:
     limits: AgentLimits = field(default_factory=AgentLimits)
     scopes: Mapping[str, Scope] = field(default_factory=dict)
     """Who may use a tool, by the tool's name; those not named are for `all`."""
+    owners: frozenset[str] = frozenset()
+    """Names of the callers that have the scope `owner` here."""
     hooks: Sequence[Hook] = ()
     model: str | None = None
     """The model's name in the engine; None: the engine's own."""

@@ -200,7 +200,7 @@ async def restore(messages: Sequence[Message], store: TurnStore, *, agent: str, 
         elif position > last_user:
             raise TurnLost(
                 f"messages.{position}: what the agent did itself in this turn is no longer held (it waits a limited "
-                "time, in one server's memory); send the conversation again from its last user message",
+                "time, in the cluster's memory); send the conversation again from its last user message",
                 f"messages.{position}",
             )
         else:

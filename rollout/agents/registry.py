@@ -14,7 +14,7 @@ from typing import Any
 
 from rollout.agents.agent import Agent, opened
 from rollout.agents.held_turns import HeldTurns, TurnStore
-from rollout.agents.scopes import rank
+from rollout.agents.scopes import granted, rank
 from rollout.agents.tools_merge import visible
 from rollout.errors import ConflictError, NotFoundError, RolloutError, UnavailableError
 from rollout.mcp_tools import McpServers
@@ -60,6 +60,11 @@ class AgentRegistry:
         if self._agents.pop(name, None) is None:
             raise self._unknown(name)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the agents that were added."""
+        return frozenset(self._agents)
+
     async def get(self, name: str) -> Agent:
         """The agent of this name: one that was added, else the resolver's. Raises NotFoundError, UnavailableError."""
         found = self._agents.get(name)
@@ -75,11 +80,15 @@ class AgentRegistry:
         found = self._agents.get(name)
         return self._since if found is None else found[1]
 
-    async def describe(self, scopes: Iterable[str] = ("all",)) -> list[dict[str, Any]]:
-        """All agents that were added, as a caller with these scopes may see them. Never their prompts."""
-        caller = rank(frozenset(scopes))
-        agents = [agent for agent, _ in self._agents.values()]
-        return list(await asyncio.gather(*(self._describe(agent, caller) for agent in agents)))
+    async def describe(self, scopes: Iterable[str] = ("all",), caller: str = "") -> list[dict[str, Any]]:
+        """All agents that were added, as a caller with this name and these scopes may see them. Never their prompts.
+
+        Raises ForbiddenError for a caller without any scope.
+        """
+        own = frozenset(scopes)
+        ranked = [(agent, rank(granted(own, caller, agent.owners))) for agent, _ in self._agents.values()]
+        rank(own)
+        return list(await asyncio.gather(*(self._describe(agent, its_rank) for agent, its_rank in ranked)))
 
     async def _describe(self, agent: Agent, caller: int) -> dict[str, Any]:
         about: dict[str, Any] = {

@@ -1,5 +1,8 @@
 """Scopes: who may use what. admin may do all that an owner may, an owner all that everybody may.
 
+`owner` is between a caller and one agent: the agent lists its owners by the names that the gate gives to callers (a
+key's name, `jwt:SUBJECT`). `all` and `admin` are the caller's own, whatever it speaks to.
+
 Invariant: one comparison decides both what a caller is offered and what is run for them.
 """
 
@@ -20,6 +23,11 @@ class ForbiddenError(ApiError):
 
     category = "forbidden"
     status = 403
+
+
+def granted(scopes: Collection[str], caller: str, owners: Collection[str]) -> frozenset[str]:
+    """A caller's scopes with one agent. An owner without a scope of its own stays without: nobody let it in."""
+    return frozenset(scopes) | ({"owner"} if scopes and caller in owners else frozenset())
 
 
 def rank(scopes: Collection[str]) -> int:

@@ -97,3 +97,12 @@ def test_a_journal_of_other_software(path: Path):
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(JournalError, match="schema 99"):
         Journal(path)
+
+
+def test_only_its_owner_reads_a_journal(tmp_path):
+    journal = Journal(tmp_path / "journal.sqlite")
+    try:
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+        assert set(modes.values()) == {0o600}, modes
+    finally:
+        journal.close()

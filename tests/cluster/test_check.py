@@ -48,7 +48,29 @@ def test_a_wrong_renderer_is_a_finding():
 
 
 def test_a_hub_model_is_not_downloaded():
-    assert "would have to be downloaded" in found(config(model={"path": "Qwen/Qwen3-0.6B"}))["renderer"][1]
+    ok, detail = found(config(model={"path": "Qwen/Qwen3-0.6B"}))["renderer"]
+    assert ok and "would have to be downloaded" in detail and "rollout pull" in detail
+
+
+def test_agents_are_loaded_with_their_hooks():
+    calculator = "examples.calculator.environment:Calculator"
+    hooks = "tests.rollout.agents.configured_hooks"
+    agents = {
+        "good": {"environment": calculator, "hooks": [f"{hooks}:Audit"], "scopes": {"add": "admin"}},
+        "hookless": {"environment": calculator, "hooks": [f"{hooks}:Audit", "os:system"]},
+        "misspelt": {"environment": calculator, "scopes": {"ad": "admin"}},
+        "missing": {"environment": "no_such_module:Thing"},
+    }
+    seen = found(config(agents=agents, pythonpath=[str(ROOT)]))
+    said = f"{calculator}: add, subtract, multiply, divide; hooks on before_tool_call, after_tool_call, finalize"
+    assert seen["agents.good"] == (True, said)
+    for name, words in (
+        ("hookless", "hooks.1: "),
+        ("misspelt", "scopes.ad names no tool"),
+        ("missing", "environment: "),
+    ):
+        ok, detail = seen[f"agents.{name}"]
+        assert not ok and words in detail
 
 
 def test_the_import_path_is_put_back():

@@ -301,5 +301,12 @@ def test_status_of_nothing_and_of_a_dead_cluster(rollout: Run):
     code, out, _ = rollout("status", "--json")
     assert code == 0
     assert json.loads(out) == [
-        {"name": "one", "address": "127.0.0.1:1", "config": "/c.yaml", "logs": "/log", "alive": False}
+        {
+            "name": "one",
+            "address": "127.0.0.1:1",
+            "config": "/c.yaml",
+            "logs": "/log",
+            "alive": False,
+            "ray_metrics": "",
+        }
     ]

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,28 +15,34 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 
-from deployments.routes import agents, errors
+from actors.agent_book import AgentBook
+from deployments.agents import ServedAgents
+from deployments.gateway import make_app
+from deployments.routes import agents, errors, event_stream
+from rollout.access import AccessKey, AccessSettings, hash_key
 from rollout.agents import AgentRegistry, ChatEngineError
 from rollout.environment import Environment
 from rollout.tools import tool
+from tests.actors.service import Service
+from tests.deployments.test_agents import Keeper
 from tests.rollout.agents.scripted_chat import USER, ScriptedChatEngine, agent, ask, client_tool, delta, say
 
 CHAT = "/agents/adder/v1/chat/completions"
 FIVE = ("add", '{"a": 2, "b": 3}')
 
 
-def application(engine: Any, *, caller: set[str] | None = None, **fields: Any) -> FastAPI:
+def application(engine: Any, *, caller: set[str] | None = None, name: str = "app", **fields: Any) -> FastAPI:
     app = FastAPI()
     errors.install(app)
     app.include_router(agents.router)
     app.state.max_body_bytes = 10_000
-    app.state.agents = AgentRegistry([agent(**fields)])
+    app.state.agents = ServedAgents(AgentRegistry([agent(**fields)]))
     app.state.chat_engine = engine
     if caller is not None:
 
         @app.middleware("http")
         async def authenticate(request: Request, go_on: Callable[[Request], Any]) -> Any:
-            request.state.scopes = caller
+            request.state.scopes, request.state.caller = caller, name
             return await go_on(request)
 
     return app
@@ -180,6 +187,19 @@ async def test_scopes_come_from_whoever_authenticates(scopes: set[str], names: l
     assert [spec["function"]["name"] for spec in engine.bodies[0]["tools"]] == names
 
 
+@pytest.mark.parametrize(("name", "names"), [("app", ["add", "secret"]), ("other", ["add"])])
+async def test_an_owner_is_who_the_agent_lists(name: str, names: list[str]):
+    engine = ScriptedChatEngine(ask(("secret", "{}")), say("ok"))
+    who = {"scopes": {"secret": "owner"}, "owners": frozenset({"app", "jwt:ann"})}
+    async with client(engine, caller={"serve"}, name=name, **who) as http:
+        (about,) = (await http.get("/agents")).json()["agents"]
+        assert [listed["name"] for listed in about["tools"]] == names
+        await http.post(CHAT, json=body())
+    assert [spec["function"]["name"] for spec in engine.bodies[0]["tools"]] == names
+    (said,) = (m["content"] for m in engine.bodies[1]["messages"] if m["role"] == "tool")
+    assert ("s3cret" in said) == (name == "app"), "what is not offered is not run either"
+
+
 async def test_a_caller_that_got_no_scope_is_refused():
     async with client(ScriptedChatEngine(), caller=set()) as http:
         assert (await http.get("/agents")).status_code == 403
@@ -187,7 +207,7 @@ async def test_a_caller_that_got_no_scope_is_refused():
 
 
 async def test_a_silent_stream_is_kept_open(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(agents, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(event_stream, "KEEP_ALIVE_S", 0.05)
     async with client(ScriptedChatEngine([delta(content="a"), 0.2, *say("b")])) as http:
         answer = await http.post(CHAT, json=body(stream=True))
     assert ": keep-alive\n\n" in answer.text
@@ -334,3 +354,91 @@ async def test_openais_own_client_plays_a_mixed_turn():
             await play([USER])
         with pytest.raises(openai.APIError, match="cut"):
             await play([USER])
+
+
+# Added and removed over HTTP
+
+KEYS = {"app": "a" * 32, "root": "r" * 32}
+
+
+@asynccontextmanager
+async def guarded(tmp_path: Path, engine: Any = None) -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway with a key for serving and one for everything, over a real book."""
+    service = Service(tmp_path / "journal.sqlite")
+    scopes: dict[str, frozenset[Any]] = {"app": frozenset({"serve"}), "root": frozenset({"admin"})}
+    keys = tuple(AccessKey(name, hash_key(key), scopes[name]) for name, key in KEYS.items())
+    app = make_app(
+        lambda: None,  # type: ignore[arg-type, return-value]
+        100_000,
+        AccessSettings(keys=keys),
+        agents=AgentRegistry([agent()]),
+        chat=engine,
+        agent_keeper=Keeper(AgentBook(service.store, [])),
+    )
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        yield http
+    await service.close()
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS[name]}"}
+
+
+NEW = {
+    "name": "new",
+    "environment": "tests.rollout.agents.scripted_chat:Adder",
+    "scopes": {"secret": "owner"},
+    "owners": ["app"],
+    "hooks": ["tests.rollout.agents.configured_hooks:polite"],
+}
+
+
+async def test_an_agent_is_added_spoken_to_and_removed(tmp_path: Path):
+    engine = ScriptedChatEngine(say("5"))
+    async with guarded(tmp_path, engine) as http:
+        added = await http.post("/agents", json=NEW, headers=bearer("root"))
+        assert added.status_code == 201 and [one["name"] for one in added.json()["tools"]] == ["add", "secret"]
+        assert (await http.post("/agents", json=NEW, headers=bearer("root"))).status_code == 201, "the same again"
+        listed = (await http.get("/agents", headers=bearer("app"))).json()["agents"]
+        assert [one["name"] for one in listed] == ["adder", "new"]
+        asked = {"model": "new", "messages": [USER]}
+        answer = await http.post("/agents/new/v1/chat/completions", json=asked, headers=bearer("app"))
+        assert answer.json()["choices"][0]["message"]["content"] == "5"
+        assert engine.bodies[0]["messages"][-1]["content"] == "Please: 2+3?", "its hook ran"
+        assert [spec["function"]["name"] for spec in engine.bodies[0]["tools"]] == ["add", "secret"], (
+            "app is an owner"
+        )
+        assert (await http.delete("/agents/new", headers=bearer("root"))).status_code == 204
+        assert (await http.delete("/agents/new", headers=bearer("root"))).status_code == 404
+        gone = await http.post("/agents/new/v1/chat/completions", json=asked, headers=bearer("app"))
+        assert gone.status_code == 404 and "the agents are: adder" in gone.json()["error"]["message"]
+
+
+async def test_only_an_admin_changes_what_everybody_is_served(tmp_path: Path):
+    async with guarded(tmp_path) as http:
+        for headers, status in ((bearer("app"), 403), ({}, 401)):
+            assert (await http.post("/agents", json=NEW, headers=headers)).status_code == status
+            assert (await http.post("/agents/", json=NEW, headers=headers)).status_code == status
+            assert (await http.delete("/agents/adder", headers=headers)).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "field"),
+    [
+        ({"name": "a/b"}, 422, "name"),
+        ({"environment": "no.such:Thing"}, 422, "environment"),
+        ({"code": "import os"}, 422, "code"),
+        ({"hooks": ["os:system"]}, 422, "hooks.0"),
+        ({"scopes": {"secret": "root"}}, 422, "scopes.secret"),
+        ({"name": "adder"}, 409, "name"),
+    ],
+)
+async def test_what_is_wrong_with_an_agent_is_named(tmp_path: Path, change: Any, status: int, field: str):
+    async with guarded(tmp_path) as http:
+        answer = await http.post("/agents", json={**NEW, **change}, headers=bearer("root"))
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (status, field) and error["message"]
+        assert error["type"] == "invalid_request_error"
+        for content in (b"", b"{", b"[]"):
+            assert (await http.post("/agents", content=content, headers=bearer("root"))).status_code == 422

@@ -12,6 +12,7 @@ import pytest
 
 from deployments.chat_engine import HttpChatEngine
 from rollout.agents import ChatEngineError
+from rollout.correlation import correlation_id
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0.0}
 
@@ -74,6 +75,14 @@ async def test_what_is_asked():
     streaming = {"stream": True, "stream_options": {"include_usage": True}}
     assert json.loads(seen[0].content) == {"model": "qwen", **BODY, **streaming}
     assert json.loads(seen[1].content)["model"] == "other"
+    assert "x-correlation-id" not in seen[0].headers
+    token = correlation_id.set("f81d4fae-7dec-11d0-a765-00a0c91e6bf6")
+    try:
+        await read(made)
+    finally:
+        correlation_id.reset(token)
+    assert seen[2].headers["x-correlation-id"] == "f81d4fae-7dec-11d0-a765-00a0c91e6bf6"
+    assert "x-request-id" not in seen[2].headers
     await made.close()
 
 

@@ -229,6 +229,34 @@ def test_a_load_that_breaks_off_is_not_said_to_be_done(checkpoint: Path, progres
     assert not figures(progress)["done"] and figures(progress)["layers_loaded"] == 0
 
 
+def test_a_load_that_fails_says_why(checkpoint: Path, progress: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file that is cut, its header whole; then a model that does not take a tensor."""
+    (first, *_) = sorted(checkpoint.glob("*.safetensors"))
+    whole = first.read_bytes()
+    found, config = loader(progress), SimpleNamespace(model=str(checkpoint), revision=None, quantization=None)
+    for name in ("_init_ep_weight_filter", "_init_mm_encoder_only_weight_filter"):
+        monkeypatch.setattr(found, name, lambda *_: None)
+    first.write_bytes(whole[:-10])
+    model: Any = Model()
+    model.load_weights = lambda pairs: {name for name, _ in pairs}
+    with pytest.raises(Exception, match=r"incomplete|not fully covered"):
+        found.load_weights(model, config)
+    assert "SafetensorError" in (progress / "rank-0.error").read_text()
+
+    def refuse(pairs: Any) -> None:
+        next(iter(pairs))
+        raise ValueError("no parameter of that shape" + "!" * 5_000)
+
+    first.write_bytes(whole)
+    model.load_weights = refuse
+    with pytest.raises(ValueError, match="no parameter"):
+        found.load_weights(model, config)
+    said = (progress / "rank-0.error").read_text()
+    assert said.startswith("ValueError: no parameter of that shape!") and len(said) == rank_loading.MAX_ERROR_CHARS
+    RankFile(None, 0).failed(ValueError("nowhere to write it"))
+    RankFile(str(progress / "none"), 0).failed(ValueError("no folder"))
+
+
 @pytest.mark.parametrize("trouble", ["no folder", "a file in its place", "no directory given"])
 def test_a_load_never_fails_for_its_files(
     checkpoint: Path, progress: Path, tmp_path: Path, trouble: str, caplog: pytest.LogCaptureFixture

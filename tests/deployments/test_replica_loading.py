@@ -119,6 +119,15 @@ def test_an_error_ends_it(told: Told, replica: ReplicaLoading):
     assert not replica._thread.is_alive()
 
 
+def test_an_error_names_what_the_ranks_died_of(told: Told, replica: ReplicaLoading, progress: Path):
+    replica.start()
+    for rank in (0, 1):
+        (progress / f"rank-{rank}.error").write_text("SafetensorError: the file is cut")
+    replica.error(RuntimeError("Engine core initialization failed"))
+    said = "rank 0, 1: SafetensorError: the file is cut; RuntimeError: Engine core initialization failed"
+    assert told.reports[-1] == [{"stage": "error", "message": said}]
+
+
 def test_files_that_are_none_and_reloads_are_no_news(told: Told, replica: ReplicaLoading, progress: Path):
     (progress / "rank-0.json").write_text("{")
     (progress / "rank-1.json").write_text('{"rank": 1}')

@@ -28,6 +28,7 @@ from rollout.record import SCHEMA
 from rollout.sampling import Sampling
 from rollout.tasks import Task, read_tasks
 from tests.conftest import ROOT
+from tests.integration.guarded import Guarded
 
 CONFIG = Path(__file__).parent / "cluster.yaml"
 TASKS = ROOT / "examples" / "calculator" / "tasks.jsonl"
@@ -58,6 +59,14 @@ def cluster() -> Iterator[state.ClusterState]:
     assert list(state.processes(started)) == []
     assert not Path(started.temp_dir).exists()
     assert state.load("integration") is None
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[Guarded]:
+    """A second cluster, with keys; its loading was followed. Ended early by those who need it running."""
+    made = Guarded()
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")

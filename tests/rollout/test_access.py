@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rollout import access_limits
 from rollout.access import AccessKey, AccessSettings, Caller, Gate, JwtSettings, Refusal, allows, hash_key
 from rollout.access_limits import Bounds, Bucket, Limiter
-from rollout.access_paths import MAX_PATH_CHARS, SCOPES, Scope, error_form, needed_scope, normalised
+from rollout.access_paths import MAX_PATH_CHARS, SCOPES, Need, Scope, error_form, needed_scope, normalised
 from rollout.correlation import CorrelationFilter, choose_id, correlation_id
 
 SERVE, TRAINER, ADMIN = "k" * 40 + "-serve", "k" * 40 + "-trainer", "k" * 40 + "-admin"
@@ -40,6 +40,11 @@ def admitted(headers: dict[str, str], path: str = "/v1/models", method: str = "G
     [
         ("GET", "/health", None),
         ("GET", "/ready", None),
+        ("POST", "/remote/worker-0/v1/completions", None),
+        ("POST", "/remote/worker-0/v1/chat/completions", None),
+        ("POST", "/remote/worker-0/v1/rollout/completed", None),
+        ("GET", "/remote/worker-0/v1/completions", "admin"),
+        ("POST", "/remote/a/b/v1/completions", "admin"),
         ("POST", "/health", "admin"),
         ("POST", "/v1/chat/completions", "serve"),
         ("POST", "/v1/completions", "serve"),
@@ -54,6 +59,8 @@ def admitted(headers: dict[str, str], path: str = "/v1/models", method: str = "G
         ("POST", "/tokenize", "serve"),
         ("POST", "/detokenize", "serve"),
         ("POST", "/v1/inference", "serve"),
+        ("GET", "/metrics", "any"),
+        ("POST", "/metrics", "admin"),
         ("GET", "/v1/loading/progress", "serve"),
         ("GET", "/docs", "serve"),
         ("GET", "/openapi.json", "serve"),
@@ -134,7 +141,7 @@ def test_no_spelling_gets_around_a_scope(method: str, path: str):
     assert needed_scope(method, path) == "admin"
 
 
-RANK: dict[Scope | None, int] = {None: 0, "serve": 1, "trainer": 1, "admin": 2}
+RANK: dict[Need | None, float] = {None: 0, "any": 0.5, "serve": 1, "trainer": 1, "admin": 2}
 PIECES = st.sampled_from(
     [
         "/",
@@ -167,7 +174,9 @@ def test_admin_implies_all_and_nothing_else_implies_anything():
         for needed in SCOPES:
             assert allows(frozenset([have]), needed) == (have in (needed, "admin"))
         assert allows(frozenset([have]), None)
+        assert allows(frozenset([have]), "any")
     assert not allows(frozenset(), "serve") and allows(frozenset(), None)
+    assert not allows(frozenset(), "any")
 
 
 # Keys
@@ -179,6 +188,7 @@ def test_admin_implies_all_and_nothing_else_implies_anything():
         {"authorization": f"Bearer {SERVE}"},
         {"authorization": f"bearer   {SERVE} "},
         {"x-api-key": SERVE},
+        {"authorization": SERVE},
         {"x-api-key": SERVE, "authorization": "Bearer unused"},
         {"x-api-key": "unused", "authorization": f"Bearer {SERVE}"},
     ],
@@ -194,10 +204,10 @@ def test_both_headers_carry_a_key(headers: dict[str, str]):
         ({"authorization": ""}, "no API key"),
         ({"authorization": "Bearer"}, "no API key"),
         ({"authorization": "Bearer  "}, "no API key"),
-        ({"authorization": SERVE}, "no API key"),
         ({"authorization": f"Basic {SERVE}"}, "no API key"),
         ({"x-api-key": " "}, "no API key"),
         ({"x-api-key": SERVE[:-1]}, "not known"),
+        ({"authorization": SERVE[:-1]}, "not known"),
         ({"x-api-key": SERVE + "x"}, "not known"),
         ({"x-api-key": hash_key(SERVE)}, "not known"),
         ({"x-api-key": "a.b.c"}, "not known"),

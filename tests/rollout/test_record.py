@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rollout.errors import RecordError
 from rollout.ledger import Segment, TurnSpan
-from rollout.record import SCHEMA, check, read_parquet, to_table
+from rollout.record import SCHEMA, check, read_parquet, to_table, upgraded
 from rollout.tool_calls import ToolCallRecord
 from rollout.trajectory import STOP_REASONS, SessionKey, Timing, Trajectory
 
@@ -80,6 +80,7 @@ def test_a_trajectory_becomes_one_row_a_segment():
         "turn_rewards": [1.0, None],
         "stop_reason": "stop",
         "turns": [{"role": "assistant", "start": 0, "end": 3, "seconds": 0.25}],
+        "reasoning_spans": None,
         "fork_reason": None,
         "messages": '[{"role": "user", "content": "hé"}]',
         "tool_calls": [
@@ -254,3 +255,33 @@ def test_a_file_with_a_column_of_another_type_is_refused(tmp_path: Path):
     pq.write_table(good().set_column(at, "sample_index", pa.array(["a", "b", "c", "d"])), path)
     with pytest.raises(RecordError):
         read_parquet(path)
+
+
+# Reasoning spans
+
+
+def reasoned(*spans: tuple[int, int]) -> Trajectory:
+    made = segment([7, 8, 9], [1, 1, 1])
+    made.reasoning_spans = list(spans)
+    return trajectory(0, [made])
+
+
+def test_reasoning_spans_are_written_as_they_are():
+    (row,) = to_table([reasoned((0, 1), (2, 3))]).to_pylist()
+    assert row["reasoning_spans"] == [{"start": 0, "end": 1}, {"start": 2, "end": 3}]
+    assert to_table([reasoned()]).to_pylist()[0]["reasoning_spans"] == [], "looked for and not there is not null"
+
+
+@pytest.mark.parametrize("span", [(-1, 1), (2, 2), (2, 1), (0, 4)])
+def test_a_reasoning_span_outside_the_response_is_refused(span: tuple[int, int]):
+    with pytest.raises(RecordError, match="reasoning span"):
+        to_table([reasoned((0, 1), span)])
+
+
+def test_what_older_software_wrote_is_read_with_nulls(tmp_path: Path):
+    older = to_table([reasoned((0, 1))]).drop_columns(["reasoning_spans"])
+    pq.write_table(older, tmp_path / "older.parquet")
+    table = read_parquet(tmp_path / "older.parquet")
+    assert table.schema.equals(SCHEMA) and table["reasoning_spans"].to_pylist() == [None]
+    assert upgraded(older).schema.equals(SCHEMA)
+    assert upgraded(table) is table

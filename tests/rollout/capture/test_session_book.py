@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.capture.session_book import CaptureLimits, CaptureSession, busy_seconds, overdue
+from rollout.capture.session_book import (
+    MAX_CORRELATION_CHARS,
+    MAX_CORRELATION_IDS,
+    CaptureLimits,
+    CaptureSession,
+    busy_seconds,
+    overdue,
+)
 from rollout.errors import ApiError, ConflictError, RefusedError
 from rollout.record import check, to_table
 from rollout.trajectory import SessionKey, Trajectory
@@ -370,3 +377,17 @@ def test_a_trajectory_does_not_depend_on_the_order_of_reports(calls: list[Any], 
         ) if order else None
     assert left.close(now=11.0) == right.close(now=11.0)
     assert to_table([left.close(now=11.0)]).equals(to_table([right.close(now=11.0)]))
+
+
+def test_the_requests_of_a_session_can_be_found_from_its_trajectory():
+    session = opened()
+    for number, correlation in enumerate(["one", "two", "one", ""]):
+        session.add(made([1, number], [2], 10.0 - number, 11.0 - number, correlation_id=correlation), now=12.0)
+    assert session.close(now=13.0).metadata["capture"]["correlation_ids"] == ["one", "two"]
+
+    crowded = opened()
+    for number in range(MAX_CORRELATION_IDS + 5):
+        crowded.add(made([1], [2], correlation_id=f"{number:03}" + "x" * 500), now=1.0)
+    ids = crowded.close(now=13.0).metadata["capture"]["correlation_ids"]
+    assert [text[:3] for text in ids] == [f"{number:03}" for number in range(MAX_CORRELATION_IDS)]
+    assert {len(text) for text in ids} == {MAX_CORRELATION_CHARS}
