@@ -39,7 +39,7 @@ $(READY): pyproject.toml overrides.txt
 demo: $(READY)  ## start the demo cluster (TP=2), run 64 tasks x 8, print what came out, stop everything
 	@$(VENV)/bin/rollout demo --config $(CONFIG) $(ARGS)
 
-learn: $(READY)  ## GRPO on two cores: the demo model learns to calculate, in about 13 minutes; see out/learn
+learn: $(READY)  ## GRPO on two cores: the demo model learns to calculate, in about 6 minutes; see out/learn
 	@$(PYTHON) -m examples.calculator.train $(ARGS)
 
 test: $(READY)  ## the whole test suite, real TP=2 engine included

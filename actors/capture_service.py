@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from rollout.api import CapturedSession, OpenedSession
 from rollout.capture.calls import CapturedCall
 from rollout.capture.session_book import CaptureLimits, CaptureSession
 from rollout.errors import ApiError, BusyError, ConflictError, NotFoundError, RefusedError, RolloutError
+from rollout.reasoning import ReasoningMarkers
 from rollout.session_keys import session_key
 from rollout.tasks import Task
 from rollout.trajectory import SessionKey, Trajectory
@@ -58,6 +60,8 @@ class CaptureService:
         self._store = store
         self._secret = secret
         self._clock = clock
+        self.markers: ReasoningMarkers | None = None
+        """Of the model's reasoning, once somebody who has its tokenizer has said them."""
         self._sessions: dict[str, _Open] = {}
         self._closed: dict[str, CapturedSession] = {}
 
@@ -149,6 +153,11 @@ class CaptureService:
         known = self._closed.get(session_id)
         return known if known is not None else _told(session_id, self._get(session_id).book)
 
+    @property
+    def states(self) -> dict[str, int]:
+        """How many sessions are open, and how many of them rewarded."""
+        return dict(Counter(opened.book.state for opened in self._sessions.values()))
+
     async def expire(self) -> None:
         """End the sessions that have passed a deadline, and those whose run is no more."""
         now = self._clock()
@@ -168,7 +177,7 @@ class CaptureService:
     async def _deliver(self, session_id: str, opened: _Open, trajectory: Trajectory) -> CapturedSession:
         try:
             if self._store.runs.get(opened.run) is not None:
-                rows, summaries = await asyncio.to_thread(to_rows, [trajectory])
+                rows, summaries = await asyncio.to_thread(to_rows, [trajectory], self.markers)
                 await self._store.put(summaries, rows)
         except RolloutError:
             opened.closing = False

@@ -10,21 +10,33 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from actors import journal_records as records
+from actors import journal_remote
+from actors.agent_book import AddedAgents, AgentBook
 from actors.capture_service import CaptureService
 from actors.delivery import Delivery
 from actors.engine_client import EngineInfo
+from actors.gallery import Gallery
 from actors.journal import Journal
+from actors.loading_board import BoardReader
+from actors.loop_lag import LoopLag
 from actors.messages import Collected, ControllerSettings
+from actors.metrics import Metrics
+from actors.metrics_gauges import Sources, scrape
+from actors.remote_service import RemoteService
 from actors.run_service import RunService
 from actors.run_store import RunStore
 from actors.scheduler import Assignment, Scheduler
+from actors.viewer import Viewer
 from actors.weight_keeper import WeightKeeper
 from actors.worker_pool import WorkerPool
+from rollout import logs
+from rollout.agents.held_turns import HeldTurn
+from rollout.agents.spec import NamedAgent
 from rollout.api import (
     Acknowledged,
     Batch,
@@ -38,8 +50,9 @@ from rollout.api import (
 )
 from rollout.capture.calls import CapturedCall
 from rollout.capture.session_book import CaptureLimits
-from rollout.errors import RolloutError, UnavailableError, WorkerDied
+from rollout.errors import BusyError, RolloutError, UnavailableError, WorkerDied
 from rollout.tasks import Task
+from rollout.viewing import History, TrajectoryPage, TrajectoryQuery, TrajectoryRows
 from rollout.weights import WeightReport, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -52,8 +65,10 @@ class Controller:
     """One per cluster, detached, named "controller" in the cluster's namespace."""
 
     def __init__(self, settings: ControllerSettings) -> None:
+        logs.install(settings.worker.logging, "controller")
         self._settings = settings
         self._started_at = time.time()
+        self._metrics = Metrics()
         self._journal = Journal(settings.journal_path, sync=settings.journal_sync)
         self._scheduler = Scheduler(settings.max_attempts, settings.max_concurrent_sessions)
         self._pool = WorkerPool(
@@ -62,19 +77,34 @@ class Controller:
             on_collected=self._collected,
             on_given_up=self._given_up,
             dispatch=self._dispatch,
+            metrics=self._metrics,
         )
         self._store = RunStore(
-            self._journal, self._scheduler, cancel_sessions=self._pool.cancel, dispatch=self._dispatch
+            self._journal,
+            self._scheduler,
+            cancel_sessions=self._pool.cancel,
+            dispatch=self._dispatch,
+            metrics=self._metrics,
+            gallery=Gallery(settings.gallery_trajectories, settings.gallery_bytes),
         )
-        self._service = RunService(self._store, settings.run_defaults)
+        self._service = RunService(self._store, settings.run_defaults, settings.worker.foreign)
+        self._viewer = Viewer(self._store)
         self._delivery = Delivery(self._store, self._service)
         self._capture = CaptureService(self._store, settings.session_secret)
         self._weights: WeightKeeper | None = None
+        self._remote = RemoteService(
+            settings.worker.remote, write=self._store.write, workers=lambda: self._pool.heard
+        )
         self._recovered = records.recover(self._journal)
+        self._recovered_remote = journal_remote.recover(self._journal)
+        self._agents = AgentBook(self._store, self._recovered.agents)
         self._engine: EngineInfo | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._ready = asyncio.Event()
+        self._lag = LoopLag()
+        self._board = BoardReader(ray.get_runtime_context().namespace)
         if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._metrics.died("controller")
             # Nobody calls spawn_workers and connect a second time.
             ray.get_runtime_context().current_actor.come_back.remote()
 
@@ -82,7 +112,9 @@ class Controller:
 
     async def spawn_workers(self) -> str:
         """Start the workers; see WorkerPool.spawn. Returns the renderer's name."""
-        return await self._pool.spawn()
+        renderer = await self._pool.spawn()
+        self._capture.markers = await self._pool.reasoning_markers()
+        return renderer
 
     async def connect(self) -> EngineInfo:
         """Connect to the engines, take up what the journal has, and begin. Raises EngineTimeout."""
@@ -90,7 +122,9 @@ class Controller:
         self._store.recover(self._recovered)
         self._weights = await self._keep_weights()
         loop = asyncio.get_running_loop()
-        self._loops = [loop.create_task(self._expire()), loop.create_task(self._weights.keep())]
+        work = (self._expire(), self._weights.keep(), self._lag.watch())
+        self._loops = [loop.create_task(each) for each in work]
+        await self._remote.begin(self._recovered_remote)
         self._ready.set()
         self._dispatch()
         return self._engine
@@ -113,6 +147,7 @@ class Controller:
             task.cancel()
         if self._weights is not None:
             self._weights.close()
+        await self._remote.close()
         await self._pool.close()
         await self._store.close()
 
@@ -143,6 +178,9 @@ class Controller:
         await self._until_ready()
         await self._service.forget(run)
         self._pool.forget_run(run)
+        self._metrics.run_forgotten(run)
+        self._store.gallery.forget(run)
+        self._store.histories.forget(run)
 
     async def run_info(self, run: str) -> RunInfo:
         """A run at this moment."""
@@ -220,6 +258,41 @@ class Controller:
         """An engine has served it."""
         await self._until_ready()
         self._capture.end(session, request_id, calls, lost)
+        self._metrics.captured(len(calls), lost)
+
+    # Agents (see AgentBook)
+
+    async def added_agents(self, known: int | None) -> AddedAgents | None:
+        """Those that were added; None where the asker knows them. Answers before anything else is ready."""
+        return self._agents.added(known)
+
+    async def add_agent(self, agent: NamedAgent) -> AddedAgents:
+        """Serve one more."""
+        return await self._agents.add(agent)
+
+    async def remove_agent(self, name: str) -> AddedAgents:
+        """Serve it no more."""
+        return await self._agents.remove(name)
+
+    async def hold_turn(self, turn: HeldTurn) -> None:
+        """A turn goes back to its client, who runs the rest of its tools."""
+        await self._agents.hold(turn)
+
+    async def held_turn(self, key: str) -> HeldTurn | None:
+        """The client is back."""
+        return await self._agents.held(key)
+
+    # Rollouts for foreign trainers (see RemoteService)
+
+    async def remote_rollout(self, ask: Literal["accept", "result", "tools", "counts"], *arguments: Any) -> Any:
+        """One of RemoteService's operations."""
+        await self._until_ready()
+        try:
+            return await getattr(self._remote, ask)(*arguments)
+        except RolloutError as failure:
+            if ask == "accept":
+                self._metrics.remote_refused(busy=isinstance(failure, BusyError))
+            raise
 
     # Weights (see WeightKeeper)
 
@@ -245,7 +318,22 @@ class Controller:
         """host:port of the engines' own servers, of those engines that carry the current weights. For the front."""
         return self._weights.replicas.serving() if self._weights is not None else []
 
-    # Looking
+    # Looking (see Viewer)
+
+    async def trajectories(self, run: str | None, query: TrajectoryQuery) -> TrajectoryPage:
+        """A page of the recent trajectories."""
+        await self._until_ready()
+        return await self._viewer.trajectories(run, query)
+
+    async def trajectory(self, trajectory_id: str) -> TrajectoryRows:
+        """One of them, whole."""
+        await self._until_ready()
+        return await self._viewer.trajectory(trajectory_id)
+
+    async def history(self, run: str) -> History:
+        """The course of a run."""
+        await self._until_ready()
+        return await self._viewer.history(run)
 
     async def status(self) -> dict[str, Any]:
         """Runs, workers, weights and engine at this moment, as plain data."""
@@ -267,6 +355,22 @@ class Controller:
             },
             "finished_rows_bytes": self._store.shelf.num_bytes,
         }
+
+    async def metrics_text(self) -> bytes:
+        """All metrics in Prometheus's text format. Answers while nothing else is ready yet."""
+        sources = Sources(
+            store=self._store,
+            service=self._service,
+            workers=self._pool.stats,
+            lag=self._lag,
+            started_at=self._started_at,
+            ready=self._ready.is_set(),
+            replicas=self._weights.replicas if self._weights is not None else None,
+            capture=self._capture.states,
+            remote=self._remote.counts,
+            board=self._board,
+        )
+        return await scrape(self._metrics, sources)
 
     async def worker_handles(self) -> dict[str, Any]:
         """The workers by id."""
@@ -294,7 +398,7 @@ class Controller:
         async def remember(version: int, source: WeightSource, state: str) -> None:
             await self._store.write(records.put_weights(version, source, state))
 
-        keeper = WeightKeeper(handle, remember, self._service.set_version)
+        keeper = WeightKeeper(handle, remember, self._service.set_version, self._metrics)
         keeper.restore(self._recovered.version, self._recovered.source, self._recovered.last_version)
         # The first call makes the handle's router, which is what tells the board of the replicas.
         await handle.describe.remote()

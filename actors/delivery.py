@@ -49,6 +49,7 @@ class Delivery:
         finally:
             run.turn.release()
         await self._store.write(*records.put_lease(lease))
+        self._store.metrics.leased()
         return await self._batch(run, lease)
 
     async def fetch(self, lease_id: str) -> Batch:
@@ -79,6 +80,10 @@ class Delivery:
             *records.finish_groups(lease.run, lease.groups, records.DELIVERED, run.book.settled),
             *records.put_lease(lease),
             records.remove_blocks(blocks),
+        )
+        self._store.metrics.lease_ended("acknowledged")
+        self._store.metrics.delivered(
+            lease.run, len(lease.groups), [member.summary for member in members], lease.version
         )
         run.changed()
         self._store.dispatch()
@@ -170,6 +175,7 @@ class Delivery:
 
     def _return(self, lease: Lease, state: LeaseState) -> None:
         self._store.leases.finish(lease, state)
+        self._store.metrics.lease_ended(state)
         run = self._store.run(lease.run)
         # In reverse, as each goes to the front.
         for seq in reversed(lease.groups):

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 
 from actors.front_config import FrontSettings, Slots, config_text
+from rollout import logs
 from rollout.errors import RolloutError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Front:
 
     def __init__(self, settings: FrontSettings, controller: str) -> None:
         """`controller`: name of the actor that knows the engines, in this actor's namespace."""
+        logs.install(settings.logging, "front")
         self._settings = settings
         self._controller = controller
         self._slots = Slots()

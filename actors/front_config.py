@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from rollout.logs import LogSettings
+
 # Slots for engines. HAProxy takes no more memory for them than a line each.
 SLOTS = 64
 # A stream may rest so long between two tokens: the longest prefill that anyone waits for.
@@ -48,6 +50,8 @@ class FrontSettings:
     folder: str
     """For the configuration and the admin socket. Short: a socket's path may not exceed 107 characters."""
     max_connections: int = 4096
+    logging: LogSettings | None = None
+    """Of the front's process; HAProxy itself writes `front.log` in the folder."""
 
 
 def config_text(settings: FrontSettings) -> str:

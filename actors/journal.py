@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS blocks (block INTEGER PRIMARY KEY, summaries TEXT NOT
 CREATE TABLE IF NOT EXISTS leases (
   lease_id TEXT PRIMARY KEY, run TEXT NOT NULL, lease TEXT NOT NULL, finished_at REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS weights (version INTEGER PRIMARY KEY, source TEXT, state TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS agents (name TEXT PRIMARY KEY, spec TEXT NOT NULL);
 """
 
 
@@ -72,6 +73,9 @@ class Journal:
         self.writes = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Conversations are in it, and the keys that trainers are called back with. SQLite gives -wal and -shm the
+            # same mode.
+            self.path.touch(mode=0o600)
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             self._prepare(sync)
         except (OSError, sqlite3.Error) as failure:

@@ -1,7 +1,8 @@
 """What the journal holds, as statements to write and as objects read back.
 
 Invariant: whatever `recover` returns was acknowledged to somebody, and whatever was acknowledged is in it: tasks that
-were submitted, trajectories that were counted, leases that were granted, weights that became current.
+were submitted, trajectories that were counted, leases that were granted, weights that became current, agents that
+were added.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from actors.groups import Group, Totals, task_digest
 from actors.journal import Journal, Statement
 from actors.leases import Lease
 from actors.messages import Summary
+from rollout.agents.spec import NamedAgent
 from rollout.api import RunRequest, RunState
 from rollout.errors import JournalError
 from rollout.tasks import Task
@@ -102,6 +104,17 @@ def put_weights(version: int, source: WeightSource, state: str) -> Statement:
     return Statement("INSERT OR REPLACE INTO weights VALUES (?, ?, ?)", (version, source.model_dump_json(), state))
 
 
+def add_agent(agent: NamedAgent) -> Statement:
+    """An agent that was added while the cluster runs."""
+    text = agent.model_dump_json()
+    return Statement("INSERT OR REPLACE INTO agents VALUES (?, ?)", (agent.name, text), size=len(text))
+
+
+def remove_agent(name: str) -> Statement:
+    """It is gone."""
+    return Statement("DELETE FROM agents WHERE name = ?", (name,))
+
+
 # Reading back
 
 
@@ -133,6 +146,8 @@ class Recovered:
     source: WeightSource | None
     last_version: int
     """The highest number ever given, to updates that failed as well."""
+    agents: list[NamedAgent] = field(default_factory=list)
+    """Those that were added while the cluster ran."""
 
 
 def recover(journal: Journal) -> Recovered:
@@ -174,4 +189,6 @@ def _recover(journal: Journal) -> Recovered:
         last = number
         if state == "current":
             version, source = number, _SOURCE.validate_json(text)
-    return Recovered(runs, blocks, leases, version, source, last)
+    agents = journal.read("SELECT spec FROM agents ORDER BY rowid")
+    added = [NamedAgent.model_validate_json(text) for (text,) in agents]
+    return Recovered(runs, blocks, leases, version, source, last, added)

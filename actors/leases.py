@@ -94,6 +94,11 @@ class LeaseBook:
         """Active leases whose time is over."""
         return [lease for lease in self._active.values() if lease.expires_at <= now]
 
+    @property
+    def num_active(self) -> int:
+        """Leases that neither ended nor expired."""
+        return len(self._active)
+
     def of_run(self, run: str) -> list[Lease]:
         """Active leases of a run."""
         return [lease for lease in self._active.values() if lease.run == run]

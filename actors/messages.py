@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.remote_settings import RemoteSettings
 from rollout.api import RunRequest
 from rollout.limits import Limits
+from rollout.logs import LogSettings
 from rollout.mcp_config import McpServerConfig
+from rollout.remote.foreign_client import RemoteSpec
 from rollout.sampling import Sampling
+from rollout.tracing import TraceSettings
 
 # Sessions that wait at a worker for a slot, as a share of those that play.
 PREFETCH = 0.5
@@ -23,6 +27,29 @@ class RunSpec:
     environment_args: dict[str, Any]
     sampling: Sampling
     limits: Limits
+    remote: RemoteSpec | None = None
+    """The rollout server that plays them; the environment, if there is one, then only scores."""
+
+    @property
+    def played_in(self) -> str:
+        """The environment in a word, for people."""
+        return self.environment if self.remote is None else self.remote.url
+
+
+@dataclass(frozen=True)
+class ForeignSettings:
+    """How remote rollout servers play sessions of this cluster."""
+
+    address: str
+    """URL at which they reach the gateway, without a slash at its end."""
+    secret: bytes = field(repr=False)
+    """Makes the keys of rollouts (session_keys.derived_secret); gateways have the same."""
+    address_given: bool = False
+    """Whether the config names the address; else it is where the gateway listens."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Where runs may be played (rollout.remote.hosts)."""
+    trusted: tuple[str, ...] = ()
+    """URLs that the config itself names: these need no leave."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +66,24 @@ class WorkerSettings:
     mcp_servers: dict[str, McpServerConfig]
     max_sessions: int
     """Sessions that play at once."""
+    foreign: ForeignSettings | None = None
+    """None: there is no gateway that remote rollout servers could call."""
+    remote: RemoteSettings | None = None
+    """None: this cluster is no rollout server for foreign trainers."""
+    logging: LogSettings | None = None
+    """Of the controller, too. None: as Python does it."""
+    tracing: TraceSettings | None = None
+    """None: sessions are not traced."""
+
+    @property
+    def remote_calls(self) -> int:
+        """Rollouts for foreign trainers that one worker may play at once: all of them, if it comes to that."""
+        return 0 if self.remote is None else self.remote.max_concurrent
+
+    @property
+    def foreign_calls(self) -> int:
+        """Calls of remote rollout servers that a worker answers at once."""
+        return 2 * self.capacity
 
     @property
     def capacity(self) -> int:
@@ -67,6 +112,28 @@ class ControllerSettings:
     worker_env: dict[str, str] = field(default_factory=dict)
     session_secret: bytes = field(default=b"", repr=False)
     """Makes the keys of captured sessions; engines have the same."""
+    gallery_trajectories: int = 2_000
+    gallery_bytes: int = 64 * 2**20
+    """What is kept for looking at; both bounds hold."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What only the metrics want of a finished attempt. Not in the journal: a restart counts nothing again."""
+
+    queue_s: float
+    engine_s: float
+    tool_s: float
+    env_s: float
+    total_s: float
+    num_context: int
+    """Tokens that were not sampled, of all segments."""
+    tools: list[tuple[str, str, float]]
+    """Name as the model wrote it, outcome, seconds."""
+    forks: list[str]
+    """Why each segment after the first was begun."""
+    error: str | None
+    """Category of its error."""
 
 
 @dataclass(slots=True)
@@ -89,6 +156,10 @@ class Summary:
     """Lowest policy version of its sampled tokens; None where there are none."""
     first_row: int
     num_rows: int
+    version_tokens: list[list[int]] = field(default_factory=list)
+    """Pairs: a policy version, and how many tokens it sampled. Empty in journals of older software."""
+    figures: Figures | None = None
+    """None once they are counted, and in the journal."""
 
     @property
     def trajectory_id(self) -> str:

@@ -10,6 +10,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from actors.agent_book import AddedAgents
+from rollout.agents.held_turns import HeldTurn
+from rollout.agents.spec import NamedAgent
 from rollout.api import (
     Acknowledged,
     Batch,
@@ -24,7 +27,10 @@ from rollout.api import (
 from rollout.capture.calls import CapturedCall
 from rollout.capture.session_book import CaptureLimits
 from rollout.errors import RolloutError, UnavailableError
+from rollout.remote.order import RolloutCounts, RolloutOrder, RolloutTicket
+from rollout.remote.wire import RolloutResponse
 from rollout.tasks import Task
+from rollout.viewing import History, TrajectoryPage, TrajectoryQuery, TrajectoryRows
 from rollout.weights import WeightReport, WeightSource
 
 CONTROLLER = "controller"
@@ -33,6 +39,10 @@ PAUSE_S = 0.5
 # Beyond the time that a call may take of itself.
 CALL_SECONDS = 60.0
 WEIGHTS_SECONDS = 1200.0
+# Prometheus gives up after 10 s.
+METRICS_SECONDS = 8.0
+# A request to an agent waits for this; see deployments.agents.
+AGENTS_SECONDS = 5.0
 
 
 class RayBackend:
@@ -129,6 +139,58 @@ class RayBackend:
     async def close_session(self, session: str, cancel: bool) -> CapturedSession:
         """See Backend."""
         return await self._call("close_session", session, cancel)
+
+    async def metrics_text(self) -> bytes:
+        """See Backend."""
+        return await self._call("metrics_text", seconds=METRICS_SECONDS)
+
+    async def trajectories(self, run: str | None, query: TrajectoryQuery) -> TrajectoryPage:
+        """See rollout.viewing.Viewing."""
+        return await self._call("trajectories", run, query)
+
+    async def trajectory(self, trajectory_id: str) -> TrajectoryRows:
+        """See rollout.viewing.Viewing."""
+        return await self._call("trajectory", trajectory_id)
+
+    async def history(self, run: str) -> History:
+        """See rollout.viewing.Viewing."""
+        return await self._call("history", run)
+
+    async def added_agents(self, known: int | None) -> AddedAgents | None:
+        """See deployments.agents.AgentKeeper."""
+        return await self._call("added_agents", known, seconds=AGENTS_SECONDS)
+
+    async def add_agent(self, agent: NamedAgent) -> AddedAgents:
+        """See deployments.agents.AgentKeeper."""
+        return await self._call("add_agent", agent)
+
+    async def remove_agent(self, name: str) -> AddedAgents:
+        """See deployments.agents.AgentKeeper."""
+        return await self._call("remove_agent", name, repeat=False)
+
+    async def hold_turn(self, turn: HeldTurn) -> None:
+        """See deployments.agents.AgentKeeper."""
+        await self._call("hold_turn", turn)
+
+    async def held_turn(self, key: str) -> HeldTurn | None:
+        """See deployments.agents.AgentKeeper."""
+        return await self._call("held_turn", key)
+
+    async def remote_accept(self, order: RolloutOrder) -> RolloutTicket:
+        """See rollout.remote.order.RemoteRollouts."""
+        return await self._call("remote_rollout", "accept", order)
+
+    async def remote_result(self, rollout_id: str, timeout: float) -> RolloutResponse | None:
+        """See rollout.remote.order.RemoteRollouts."""
+        return await self._call("remote_rollout", "result", rollout_id, timeout, seconds=timeout + CALL_SECONDS)
+
+    async def remote_tools(self) -> list[dict[str, Any]]:
+        """See rollout.remote.order.RemoteRollouts."""
+        return await self._call("remote_rollout", "tools", seconds=2 * CALL_SECONDS)
+
+    async def remote_counts(self) -> RolloutCounts:
+        """See rollout.remote.order.RemoteRollouts."""
+        return await self._call("remote_rollout", "counts")
 
     async def begin(self, session_id: str, request_id: str) -> None:
         """See deployments.capture.SessionKeeper."""

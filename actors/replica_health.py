@@ -90,6 +90,10 @@ class ReplicaTable:
         """All that Serve lists."""
         return list(self._states)
 
+    def versions(self) -> dict[str, int | None]:
+        """What each replica last said that it carries."""
+        return {name: state.version for name, state in self._states.items()}
+
     def status(self) -> dict[str, dict[str, object]]:
         """Plain data for people."""
         return {

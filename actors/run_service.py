@@ -12,8 +12,9 @@ import uuid
 from collections.abc import Sequence
 
 from actors import journal_records as records
+from actors.foreign_rollouts import check_remote
 from actors.groups import GroupState
-from actors.messages import Collected, RunSpec
+from actors.messages import Collected, ForeignSettings, RunSpec
 from actors.run_store import Run, RunStore
 from rollout.api import RunInfo, RunRequest, Submitted
 from rollout.errors import BusyError, ConflictError, NotFoundError, RefusedError
@@ -31,10 +32,11 @@ MAX_RUNS = 1_000
 class RunService:
     """The operations on runs."""
 
-    def __init__(self, store: RunStore, defaults: RunRequest) -> None:
-        """`defaults`: what runs take from the config."""
+    def __init__(self, store: RunStore, defaults: RunRequest, foreign: ForeignSettings | None = None) -> None:
+        """`defaults`: what runs take from the config. `foreign`: None: no run is played at a rollout server."""
         self._store = store
         self._defaults = defaults
+        self._foreign = foreign
 
     async def create(self, request: RunRequest) -> RunInfo:
         """A new run, or the one that the same request made. Raises ConflictError, RefusedError, BusyError."""
@@ -98,7 +100,7 @@ class RunService:
         return RunInfo(
             run=run_name,
             state=run.state,
-            environment=run.spec.environment,
+            environment=run.spec.played_in,
             group_size=book.group_size,
             submitted=book.submitted,
             waiting=book.count(GroupState.WAITING),
@@ -198,6 +200,7 @@ class RunService:
         full = RunRequest.model_validate({**default, **given, "name": name})
         if full.environment is None:
             raise RefusedError("the run names no environment, and the cluster's config has none", "environment")
+        check_remote(full.environment, self._foreign)
         return full
 
     def _held_by(self, run: Run) -> str | None:

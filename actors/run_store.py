@@ -17,15 +17,19 @@ from typing import Any
 
 from actors import journal_records as records
 from actors.filter_function import FilterFunction
+from actors.gallery import Gallery
 from actors.groups import Group, GroupBook, GroupState, Member
+from actors.history import Histories
 from actors.journal import Journal, Statement
 from actors.leases import Lease, LeaseBook
 from actors.messages import RunSpec, Summary
+from actors.metrics import Metrics
 from actors.rows import to_rows
 from actors.scheduler import Assignment, QueuedGroup, Scheduler
 from actors.shelf import Shelf
 from rollout.api import RunRequest, RunState
 from rollout.errors import JournalError, NotFoundError, RolloutError, describe
+from rollout.remote.foreign_client import RemoteSpec
 from rollout.trajectory import SessionKey, StopReason, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -55,7 +59,7 @@ class Run:
     @property
     def captured(self) -> bool:
         """Whether its sessions are opened from outside, and not given to workers."""
-        return self.spec.environment == CAPTURED
+        return self.spec.environment == CAPTURED and self.spec.remote is None
 
     def changed(self) -> None:
         self.news.set()
@@ -72,15 +76,24 @@ class RunStore:
         *,
         cancel_sessions: Callable[[dict[str, list[str]]], None],
         dispatch: Callable[[], None],
+        metrics: Metrics | None = None,
+        gallery: Gallery | None = None,
     ) -> None:
-        """`cancel_sessions`: told trajectory ids by worker. `dispatch`: told that there may be work to hand out."""
+        """`cancel_sessions`: told trajectory ids by worker. `dispatch`: told that there may be work to hand out.
+
+        `metrics`: told what happens; None: some of its own, which nobody reads.
+        `gallery`: where trajectories are kept for viewing; None: one with the default bounds.
+        """
         self.journal = journal
         self.scheduler = scheduler
         self.cancel_sessions = cancel_sessions
         self.dispatch = dispatch
+        self.metrics = metrics or Metrics()
         self.runs: dict[str, Run] = {}
         self.leases = LeaseBook()
         self.shelf = Shelf()
+        self.gallery = gallery or Gallery()
+        self.histories = Histories()
         self.version = 0
         """Policy version of the current weights."""
         self.failure: JournalError | None = None
@@ -131,6 +144,7 @@ class RunStore:
                 unwanted.append(block)
                 continue
             self.shelf.put(block, rows, len(wanted))
+            self.gallery.put(rows, wanted, self.version, None)
             for summary in wanted:
                 group = self._book(summary).add(summary.group_id, Member(block, summary))
                 if group is not None:
@@ -168,10 +182,15 @@ class RunStore:
         filter_function = None
         if request.filters.function is not None:
             filter_function = FilterFunction(request.filters.function)
-        spec = RunSpec(name, request.environment.path, request.environment.args, request.sampling, request.limits)
+        where = request.environment
+        remote = None
+        if where.remote is not None and where.generation is not None:
+            remote = RemoteSpec(where.remote, where.generation, where.key_env)
+        spec = RunSpec(name, where.path or "", where.args, request.sampling, request.limits, remote)
         run = Run(GroupBook(name, request.group_size, request, first_version), request, spec, filter=filter_function)
         self.runs[name] = run
-        self.scheduler.add_run(name, request.share)
+        self.scheduler.add_run(name, request.share, guest=remote is not None)
+        self.metrics.run_opened(name)
         return run
 
     def queue(self, run: Run, groups: Sequence[Group], *, first: bool = False) -> None:
@@ -184,23 +203,35 @@ class RunStore:
 
     async def put(self, summaries: list[Summary], rows: bytes) -> None:
         block, self._next_block = self._next_block, self._next_block + 1
+        figures = [summary.figures for summary in summaries]
+        for summary in summaries:
+            # For the metrics alone: neither the journal nor memory need to hold them.
+            summary.figures = None
         await self.write(records.add_block(block, summaries, rows))
         self.shelf.put(block, rows, len(summaries))
+        self._show(rows, summaries, time.time())
         unwanted = []
         touched = []
-        for summary in summaries:
+        for summary, counted in zip(summaries, figures, strict=True):
             run = self.runs.get(summary.run)
             member = Member(block, summary)
             if run is None or not run.book.wants(summary.group_id, summary.sample_index):
                 unwanted.append(member)
                 continue
             touched.append(run)
+            self.metrics.finished(summary, counted)
             group = run.book.add(summary.group_id, member)
             if group is not None:
                 self._complete(run, group)
         self.release(unwanted)
         for run in {id(run): run for run in touched}.values():
             run.changed()
+
+    def _show(self, rows: bytes, summaries: Sequence[Summary], now: float) -> None:
+        """Before anything is decided about them: what is dropped is often what one wants to look at."""
+        wanted = [s for s in summaries if s.run in self.runs and self._book(s).wants(s.group_id, s.sample_index)]
+        self.gallery.put(rows, wanted, self.version, now)
+        self.histories.add(wanted, self.version, now)
 
     def _complete(self, run: Run, group: Group) -> None:
         reason = run.book.judge(group, self.version)
@@ -230,7 +261,9 @@ class RunStore:
         else:
             self.cancel_sessions(self.scheduler.withdraw(book.run, book.group_id(group)))
             if run.state != "cancelled" and book.replaces(group, reason):
+                self.gallery.settle(book.group_id(group), "replaced", reason)
                 again, members = book.replace(group, reason)
+                self.metrics.replaced(book.run, reason)
                 self.write_later(records.replace_group(book.run, again))
                 self.release(members)
                 self.queue(run, [again], first=True)
@@ -239,7 +272,9 @@ class RunStore:
         run.changed()
 
     def drop(self, run: Run, group: Group, reason: str) -> None:
+        self.gallery.settle(run.book.group_id(group), "dropped", reason)
         members = run.book.drop(group, reason)
+        self.metrics.dropped(run.book.run, reason)
         self.write_later(*records.finish_groups(run.book.run, [group.seq], reason, run.book.settled))
         self.release(members)
 

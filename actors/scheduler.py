@@ -15,6 +15,12 @@ from dataclasses import dataclass, field, replace
 from rollout.tasks import Task
 from rollout.trajectory import SessionKey
 
+# Of all places, those that guests may fill together, in thirds: the others' runs need never wait for them.
+GUEST_PLACES, OF_PLACES = 2, 3
+# One guest may have so many times the places that are still free for guests. So a guest that stalls, and keeps what
+# it has, leaves a fifth of them to the next one, which leaves a part of that to the one after it.
+GUEST_FACTOR = 4
+
 Admit = Callable[[str, str], bool]
 """Asked with run and group id just before a group's first sample starts; True means that it starts."""
 
@@ -70,6 +76,7 @@ class Counts:
 @dataclass(slots=True)
 class _Run:
     share: float
+    guest: bool = False
     paused: bool = False
     waiting: deque[QueuedGroup] = field(default_factory=deque)
     open: deque[str] = field(default_factory=deque)
@@ -99,9 +106,9 @@ class Scheduler:
 
     # Runs and groups
 
-    def add_run(self, run: str, share: float = 1.0) -> None:
-        """A run without groups yet."""
-        self._runs[run] = _Run(share)
+    def add_run(self, run: str, share: float = 1.0, *, guest: bool = False) -> None:
+        """A run without groups yet. `guest`: its sessions wait for somebody else, who may stall."""
+        self._runs[run] = _Run(share, guest)
 
     def pause(self, run: str, paused: bool) -> None:
         """Whether new sessions of a run are held back; those that run go on."""
@@ -278,13 +285,25 @@ class Scheduler:
 
     def _next_run(self, held_back: set[str]) -> str | None:
         best: tuple[float, str] | None = None
+        free = self._free_for_guests()
         for name, state in self._runs.items():
             if state.paused or not (state.open or (state.waiting and name not in held_back)):
+                continue
+            if state.guest and state.counts.running >= GUEST_FACTOR * free:
                 continue
             load = (state.counts.running / state.share, name)
             if best is None or load < best:
                 best = load
         return best[1] if best is not None else None
+
+    def _free_for_guests(self) -> int:
+        guests = [state.counts.running for state in self._runs.values() if state.guest]
+        if not guests:
+            return 0
+        places = sum(worker.capacity for worker in self._workers.values())
+        if self._max_concurrent is not None:
+            places = min(places, self._max_concurrent)
+        return max(1, places * GUEST_PLACES // OF_PLACES) - sum(guests)
 
     def _start(self, run: str, group: QueuedGroup) -> None:
         ids = []

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 
 from actors.groups import Group, Member
+from rollout.record import upgraded
 
 
 class Shelf:
@@ -23,7 +24,8 @@ class Shelf:
 
     def put(self, block: int, rows: bytes, trajectories: int) -> None:
         """Keep a block (an Arrow IPC stream) of which `trajectories` are wanted."""
-        table = pa.ipc.open_stream(pa.py_buffer(rows)).read_all()
+        # A journal may be older than this software.
+        table = upgraded(pa.ipc.open_stream(pa.py_buffer(rows)).read_all())
         self._tables[block] = table
         self._wanted[block] = trajectories
         self.num_bytes += table.nbytes

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from actors.metrics import Metrics
 from actors.replica_board import BOARD
 from actors.replica_health import ReplicaTable
 from rollout.errors import ConflictError, EngineError, RefusedError, RolloutError, UnavailableError, WeightsRefused
@@ -35,11 +36,14 @@ Remember = Callable[[int, WeightSource, str], Awaitable[None]]
 class WeightKeeper:
     """Brings weights to all replicas of one engine deployment."""
 
-    def __init__(self, handle: Any, remember: Remember, on_version: Callable[[int], None]) -> None:
-        """`handle`: Serve's. `on_version`: told when a version has become current."""
+    def __init__(
+        self, handle: Any, remember: Remember, on_version: Callable[[int], None], metrics: Metrics | None = None
+    ) -> None:
+        """`handle`: Serve's. `on_version`: told when a version has become current. `metrics`: see RunStore."""
         self._handle = handle
         self._remember = remember
         self._on_version = on_version
+        self._metrics = metrics or Metrics()
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.replicas = ReplicaTable()
@@ -72,12 +76,18 @@ class WeightKeeper:
                 )
             names = self.replicas.names()
             if not names:
+                self._metrics.weights_failed(refused=True)
                 raise UnavailableError("no engine replica is running")
-            await self._check(names, source)
+            try:
+                await self._check(names, source)
+            except RolloutError:
+                self._metrics.weights_failed(refused=True)
+                raise
             self.last_version = number
             await self._remember(number, source, "pending")
             done, failed = await self._load(names, source, number)
             if not done:
+                self._metrics.weights_failed(refused=False, replicas=len(failed))
                 await self._remember(number, source, "failed")
                 raise UnavailableError(
                     f"no replica took version {number}; version {self.version} is still served. {_reasons(failed)}"
@@ -93,6 +103,7 @@ class WeightKeeper:
                 replicas=done,
                 failed=failed,
             )
+            self._metrics.weights_updated(self.last_report)
             return self.last_report
 
     async def keep(self) -> None:
@@ -178,7 +189,11 @@ class WeightKeeper:
     def _hear(self, names: frozenset[str]) -> None:
         # The board calls from the router's thread.
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.replicas.listed, names)
+            self._loop.call_soon_threadsafe(self._listed, names)
+
+    def _listed(self, names: frozenset[str]) -> None:
+        self.replicas.listed(names)
+        self._metrics.replicas_listed(names)
 
 
 def odd_ones(replicas: dict[str, ReplicaWeights]) -> list[str]:

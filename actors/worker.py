@@ -10,19 +10,29 @@ import asyncio
 import gc
 import logging
 import time
+from typing import Any
 
 import psutil
 
 from actors.engine_client import EngineClient, EngineInfo
+from actors.foreign_rollouts import ForeignRollouts
 from actors.loop_lag import LoopLag
 from actors.messages import Collected, RunSpec, WorkerSettings, WorkerStats
+from actors.remote_player import RemotePlayer
 from actors.rows import to_rows
 from actors.scheduler import Assignment
+from rollout import logs, tracing
+from rollout.correlation import enter_session
 from rollout.environment import EnvironmentFactory, load_environment
 from rollout.errors import describe
 from rollout.mcp_tools import McpServers
+from rollout.reasoning import ReasoningMarkers, find_markers
+from rollout.remote.foreign_session import ForeignSession
+from rollout.remote.order import RolloutOrder
+from rollout.remote.wire import CompletionRequest, CompletionResponse, RolloutResponse
 from rollout.rendering import load_renderer
 from rollout.session import Session
+from rollout.token_model import TokenModel
 from rollout.tool_calls import abandoned_threads
 from rollout.trajectory import SessionKey, Trajectory
 
@@ -36,13 +46,16 @@ GC_THRESHOLD = (100_000, 20, 50)
 
 
 class SessionWorker:
-    """One worker. Its methods are called by the controller alone."""
+    """One worker. Its methods are called by the controller, and those of remote rollouts by gateways."""
 
     def __init__(self, worker_id: str, settings: WorkerSettings) -> None:
+        logs.install(settings.logging, "worker", worker_id)
+        tracing.install(settings.tracing, "worker", worker_id)
         self._id = worker_id
         self._settings = settings
         self._chat = load_renderer(settings.model, settings.renderer, settings.renderer_options, settings.revision)
         self._chat.warm_up()
+        self._markers = find_markers(self._chat.tokenizer, self._chat.stop_token_ids)
         # The first table loads pandas (a second): not on the event loop, with sessions waiting.
         to_rows([Trajectory(SessionKey("", "", "", 0), [], "stop", [])])
         self._mcp = McpServers(settings.mcp_servers)
@@ -51,6 +64,8 @@ class SessionWorker:
         self._sessions: dict[str, asyncio.Task[None]] = {}
         # More sessions are held than play: one that ends is followed by the next without asking the controller.
         self._slots = asyncio.Semaphore(settings.max_sessions)
+        self._foreign = ForeignRollouts(worker_id, settings)
+        self._remote = RemotePlayer(settings.remote, self._chat, self._mcp)
         self._finished: list[Trajectory] = []
         self._some_finished = asyncio.Event()
         self._lag = LoopLag()
@@ -74,10 +89,15 @@ class SessionWorker:
         """Which renderer was chosen."""
         return self._chat.name
 
+    async def reasoning_markers(self) -> ReasoningMarkers | None:
+        """The model's, for those who have no tokenizer."""
+        return self._markers
+
     async def forget_run(self, run: str) -> None:
         """A run is gone, and with it its environments."""
         for key in [key for key in self._environments if key[0] == run]:
             del self._environments[key]
+        await self._foreign.forget_run(run)
 
     async def start(self, spec: RunSpec, assignments: list[Assignment]) -> None:
         """Begin sessions; returns at once."""
@@ -93,6 +113,22 @@ class SessionWorker:
             if task is not None:
                 task.cancel()
 
+    async def foreign_complete(self, rollout_id: str, request: CompletionRequest) -> CompletionResponse:
+        """A model call of a remote rollout server. Raises ApiError, EngineError."""
+        return await self._foreign.complete(rollout_id, request)
+
+    async def foreign_completed(self, rollout_id: str, report: RolloutResponse) -> None:
+        """A remote rollout server's report. Raises ApiError."""
+        await self._foreign.completed(rollout_id, report)
+
+    async def play_remote(self, order: RolloutOrder, queue_s: float) -> RolloutResponse:
+        """A rollout for a foreign trainer, to its end. `queue_s`: seconds that it has waited."""
+        return await self._remote.play(order, queue_s)
+
+    async def remote_tools(self) -> list[dict[str, Any]]:
+        """The tools of such rollouts. Raises RolloutError."""
+        return await self._remote.tools()
+
     async def collect(self, timeout: float) -> Collected:
         """Finished sessions, as soon as there are some; empty after `timeout` seconds."""
         try:
@@ -106,7 +142,7 @@ class SessionWorker:
         finished, self._finished = self._finished, []
         if not finished:
             return Collected(None, [], self.stats())
-        rows, summaries = to_rows(finished)
+        rows, summaries = to_rows(finished, self._markers)
         return Collected(rows, summaries, self.stats())
 
     def stats(self) -> WorkerStats:
@@ -129,13 +165,17 @@ class SessionWorker:
             task.cancel()
         if self._engine is not None:
             self._engine.close()
+        await self._foreign.close()
         await self._mcp.close()
+        await asyncio.to_thread(tracing.uninstall)
 
     async def _play(self, spec: RunSpec, assignment: Assignment) -> None:
         key = assignment.key
+        enter_session(key.run, key.trajectory_id)
         try:
-            async with self._slots:
-                trajectory = await self._session(spec, assignment).run()
+            # Sessions that wait for a remote rollout server take no places of others.
+            async with self._foreign.slots(spec.run) if _is_foreign(spec, assignment) else self._slots:
+                trajectory = await self._traced(spec, assignment)
         except Exception as failure:
             # Before there was a session: its environment could not be loaded.
             trajectory = _failed(assignment, failure)
@@ -145,28 +185,73 @@ class SessionWorker:
             self._sessions.pop(key.trajectory_id, None)
             if self._engine is not None:
                 self._engine.forget(key.trajectory_id)
+        _log_end(trajectory)
         self._finished.append(trajectory)
         self._some_finished.set()
 
-    def _session(self, spec: RunSpec, assignment: Assignment) -> Session:
+    async def _traced(self, spec: RunSpec, assignment: Assignment) -> Trajectory:
+        session = self._session(spec, assignment)
+        if not tracing.enabled():
+            # What the span would tell has to be counted, token by token.
+            return await session.run()
+        key = assignment.key
+        with tracing.span("session", task_id=key.task_id, group_id=key.group_id, attempt=assignment.attempt) as span:
+            trajectory = await session.run()
+            span.set(
+                stop_reason=trajectory.stop_reason,
+                reward=trajectory.reward,
+                output_tokens=trajectory.num_sampled,
+                segments=len(trajectory.segments),
+                tool_calls=len(trajectory.tool_calls),
+                queue_s=trajectory.timing.queue_s,
+                error=trajectory.error,
+            )
+        return trajectory
+
+    def _session(self, spec: RunSpec, assignment: Assignment) -> Session | ForeignSession:
         assert self._engine is not None, "connect() comes first"
-        path = assignment.task.environment or spec.environment
+        if _is_foreign(spec, assignment):
+            scores = self._environment(spec, spec.environment) if spec.environment else None
+            return self._foreign.session(spec, assignment, self._engine, self._chat, scores)
+        environment = self._environment(spec, assignment.task.environment or spec.environment)
+        return Session(
+            assignment.key,
+            assignment.task,
+            environment=environment,
+            model=TokenModel(assignment.key, self._engine, self._chat, spec.sampling),
+            limits=spec.limits,
+            mcp=self._mcp,
+            attempt=assignment.attempt,
+            queue_s=max(0.0, time.time() - assignment.queued_at) if assignment.queued_at else 0.0,
+        )
+
+    def _environment(self, spec: RunSpec, path: str) -> EnvironmentFactory:
         known = self._environments.get((spec.run, path))
         if known is None:
             # A task that names its own environment gets it without the run's arguments, which are not for it.
             arguments = spec.environment_args if path == spec.environment else {}
             known = self._environments[spec.run, path] = load_environment(path, arguments)
-        return Session(
-            assignment.key,
-            assignment.task,
-            environment=known,
-            engine=self._engine,
-            chat=self._chat,
-            sampling=spec.sampling,
-            limits=spec.limits,
-            mcp=self._mcp,
-            attempt=assignment.attempt,
-            queue_s=max(0.0, time.time() - assignment.queued_at) if assignment.queued_at else 0.0,
+        return known
+
+
+def _is_foreign(spec: RunSpec, assignment: Assignment) -> bool:
+    """Whether a remote rollout server plays it: a task that names an environment of its own is played here."""
+    return spec.remote is not None and assignment.task.environment is None
+
+
+def _log_end(trajectory: Trajectory) -> None:
+    """What `rollout logs --trajectory` ends with. An ordinary end is worth a line only to `logging.level: debug`."""
+    level = logging.WARNING if trajectory.stop_reason == "error" else logging.DEBUG
+    if logger.isEnabledFor(level):
+        logger.log(
+            level,
+            "session ended with %s after %.2f s: reward %s, %d tokens sampled, attempt %d%s",
+            trajectory.stop_reason,
+            trajectory.timing.total_s,
+            trajectory.reward,
+            trajectory.num_sampled,
+            trajectory.attempts,
+            f": {trajectory.error}" if trajectory.error else "",
         )
 
 

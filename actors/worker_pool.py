@@ -16,9 +16,11 @@ import ray
 
 from actors.engine_client import EngineInfo
 from actors.messages import Collected, ControllerSettings, WorkerStats
+from actors.metrics import Metrics
 from actors.scheduler import Assignment, Scheduler
 from actors.worker import SessionWorker
 from rollout.errors import RolloutError
+from rollout.reasoning import ReasoningMarkers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ RESPAWN_S = 0.5
 # Ray's default of 1,000 concurrent calls is a hidden limit (and starves health checks when a fan-in meets it).
 WORKER_CONCURRENCY = 64
 CLOSE_SECONDS = 5.0
+# A worker that has started and waits for the engines answers at once.
+ANSWER_SECONDS = 30.0
 
 OnCollected = Callable[[str, Collected], Awaitable[None]]
 OnGivenUp = Callable[[list[Assignment]], Awaitable[None]]
@@ -49,6 +53,7 @@ class WorkerPool:
         on_collected: OnCollected,
         on_given_up: OnGivenUp,
         dispatch: Callable[[], None],
+        metrics: Metrics,
     ) -> None:
         """`on_given_up`: sessions over which workers died too often."""
         self._settings = settings
@@ -56,6 +61,7 @@ class WorkerPool:
         self._on_collected = on_collected
         self._on_given_up = on_given_up
         self._dispatch = dispatch
+        self._metrics = metrics
         self._handles: dict[str, Any] = {}
         self._stats: dict[str, WorkerStats] = {}
         self._serial = itertools.count()
@@ -80,6 +86,15 @@ class WorkerPool:
                 f"the session workers did not start within {self._settings.start_timeout:g} s; does the cluster have "
                 f"{self._settings.num_workers} free CPUs for them? (workers.count, ray.num_cpus)"
             ) from None
+
+    async def reasoning_markers(self) -> ReasoningMarkers | None:
+        """The model's, as the first worker has found them. Raises RolloutError where none answers in time."""
+        worker = next(iter(self._handles.values()))
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await worker.reasoning_markers.remote()
+        except TimeoutError:
+            raise RolloutError(f"a session worker did not answer within {ANSWER_SECONDS:g} s") from None
 
     async def connect(self) -> EngineInfo:
         """Connect all workers to the engines and begin to listen. Raises EngineTimeout."""
@@ -111,6 +126,11 @@ class WorkerPool:
         return list(self._stats.values())
 
     @property
+    def heard(self) -> dict[str, tuple[Any, int]]:
+        """Handles of the workers that have answered since they were started, by name, with the sessions of each."""
+        return {name: (self._handles[name], stats.sessions) for name, stats in self._stats.items()}
+
+    @property
     def handles(self) -> dict[str, Any]:
         """The workers' actor handles by name."""
         return dict(self._handles)
@@ -128,13 +148,15 @@ class WorkerPool:
 
     def _spawn(self) -> str:
         name = f"worker-{next(self._serial)}"
+        worker = self._settings.worker
         actor = ray.remote(SessionWorker)
         self._handles[name] = actor.options(
             num_cpus=1,
-            max_concurrency=WORKER_CONCURRENCY,
+            # Remote rollout servers' calls wait in the actor while the engine samples, and so do whole rollouts.
+            max_concurrency=WORKER_CONCURRENCY + worker.foreign_calls + worker.remote_calls,
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": self._settings.worker_env},
-        ).remote(name, self._settings.worker)
+        ).remote(name, worker)
         return name
 
     def _admit(self, name: str) -> None:
@@ -167,6 +189,7 @@ class WorkerPool:
                 await self._replace(name, failure)
                 return
             self._stats[name] = collected.stats
+            self._metrics.heard(collected.stats)
             if collected.summaries:
                 # Not awaited: the next sessions need not wait for the disk.
                 self._keep(self._take(name, collected))
@@ -179,6 +202,7 @@ class WorkerPool:
         """A worker is gone: its sessions run again elsewhere, and a new one takes its place."""
         logger.warning("session worker %s was lost: %s", name, str(failure).splitlines()[0])
         self.lost += 1
+        self._metrics.worker_lost(name)
         ray.kill(self._handles.pop(name), no_restart=True)
         self._stats.pop(name, None)
         given_up = self._scheduler.worker_lost(name)

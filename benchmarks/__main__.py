@@ -18,7 +18,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "calculator" / "model"
-PARTS = ("turn_cost", "journal", "delivery", "session_path", "serving", "peers")
+PARTS = ("turn_cost", "agent_turn", "journal", "delivery", "session_path", "serving", "remote", "peers")
 CONCURRENCY = (64, 256)
 STREAMS = (1, 16, 64)
 # The peers' clients are processes beside the server: with two ranks that hold both cores of a small machine, they
@@ -84,6 +84,12 @@ def _turn_cost(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> No
         summary[f"turn_cpu_ms_{concurrent}"] = point["cpu_ms_per_turn"]
 
 
+def _agent_turn(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
+    from benchmarks import agent_turn
+
+    summary |= agent_turn.measure()
+
+
 def _journal(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
     from benchmarks import journal
 
@@ -121,6 +127,12 @@ def _serving(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None
         summary |= {f"serving_{name}_{streams}": value for name, value in point.items()}
 
 
+def _remote(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
+    from benchmarks import remote
+
+    summary |= remote.measure(model, tensor_parallel_size=tp, rounds=rounds)
+
+
 def _peers(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
     from benchmarks import session_path
     from benchmarks.peers.run import peers_table, run_peers
@@ -151,10 +163,12 @@ def _peers(summary: dict[str, Any], model: Path, rounds: int, tp: int) -> None:
 
 _BY_NAME = {
     "turn_cost": _turn_cost,
+    "agent_turn": _agent_turn,
     "journal": _journal,
     "delivery": _delivery,
     "session_path": _session_path,
     "serving": _serving,
+    "remote": _remote,
     "peers": _peers,
 }
 

@@ -1,8 +1,8 @@
 """Streaming chat through a cluster's address against vLLM's own OpenAI server, on the same model in the same run.
 
-Both are up at once and asked in turn, as the machine drifts. The ranks of the one that is not asked are stopped by
-signal: for seconds after its last request a rank looks for the next one without rest, and would take a core from the
-other. The client is one process for both, and takes its share of the cores from either.
+Both are up at once and asked in turn, as the machine drifts. Before each round both rest: for a second after its last
+request a rank looks for the next one without pause, and would take a core from the other. The client is one process
+for both, and takes its share of the cores from either.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
 from benchmarks.peers.vllm_server import MAX_MODEL_LEN, MAX_NUM_SEQS, free_port, vllm_server
 
 TOKENS = 64
+# vLLM's ranks sleep a second after the last message (busy_loop_s in shm_broadcast).
+REST_S = 3.0
 # Requests of a round, in waves of the concurrency.
 WAVES = {1: 12, 16: 6, 64: 4}
 PROMPT = "Tell me about the numbers from {} on."
@@ -45,20 +46,16 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
         log_file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "vllm.log"
         server = vllm_server(model, tensor_parallel_size=tensor_parallel_size, log_file=log_file)
         addresses = {"vllm": stack.enter_context(server)}
-        ranks = {"vllm": _ranks()}
         addresses["ours"] = stack.enter_context(_cluster(model, tensor_parallel_size))
-        ranks["ours"] = [process for process in _ranks() if process not in ranks["vllm"]]
-        return {concurrent: _compare(addresses, ranks, concurrent, rounds) for concurrent in concurrency}
+        return {concurrent: _compare(addresses, concurrent, rounds) for concurrent in concurrency}
 
 
-def _compare(
-    addresses: dict[str, str], ranks: dict[str, list[psutil.Process]], concurrent: int, rounds: int
-) -> dict[str, float]:
+def _compare(addresses: dict[str, str], concurrent: int, rounds: int) -> dict[str, float]:
     points: dict[str, list[Point]] = {"vllm": [], "ours": []}
     for number in range(rounds + 1):
-        for name, other in (("vllm", "ours"), ("ours", "vllm")):
-            with _stopped(ranks[other]):
-                point = asyncio.run(_round(addresses[name], concurrent, number))
+        for name, address in addresses.items():
+            time.sleep(REST_S)
+            point = asyncio.run(_round(address, concurrent, number))
             if number:  # the first round warms both up
                 points[name].append(point)
     pairs = list(zip(points["ours"], points["vllm"], strict=True))
@@ -71,22 +68,6 @@ def _compare(
             for field in ("tokens_per_s", "ttft_ms")
         },
     }
-
-
-def _ranks() -> list[psutil.Process]:
-    """Processes of vLLM's engines below this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "VLLM::" in " ".join([p.name(), *p.cmdline()])]
-
-
-@contextmanager
-def _stopped(processes: list[psutil.Process]) -> Iterator[None]:
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
 
 
 async def _round(address: str, concurrent: int, number: int) -> Point:

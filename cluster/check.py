@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig
+from cluster.config_agents import AgentConfig
+from rollout.agents.spec import make_agent
 from rollout.environment import load_environment
 from rollout.errors import RolloutError
 from rollout.rendering import ChatRenderer, load_renderer
@@ -25,14 +28,21 @@ class Finding:
 
 
 def check_config(config: ClusterConfig) -> list[Finding]:
-    """Load the environment and, where the model is a local directory, its tokenizer and renderer."""
+    """Load the environment, the agents with their hooks and, of a local model, its tokenizer and renderer."""
     findings = [Finding("config", True, f"cluster {config.name!r}; every vLLM argument is known and well-typed")]
     with import_path(config.pythonpath):
         findings.append(_try("environment", lambda: _environment(config)))
+        findings += [
+            _try(f"agents.{name}", functools.partial(_agent, name, agent))
+            for name, agent in (config.agents or {}).items()
+        ]
+    if config.tracing.endpoint is not None:
+        findings.append(_try("tracing", lambda: _tracing(config)))
     if os.path.isdir(config.model.path):
         findings.append(_try("renderer", lambda: _renderer(config)))
     else:
-        findings.append(Finding("renderer", True, f"not tried: {config.model.path} would have to be downloaded"))
+        where = "would have to be downloaded; `rollout pull` brings it here beforehand"
+        findings.append(Finding("renderer", True, f"not tried: {config.model.path} {where}"))
     return findings
 
 
@@ -59,13 +69,35 @@ def _try(what: str, work: Callable[[], str]) -> Finding:
 def _environment(config: ClusterConfig) -> str:
     if config.environment is None:
         return "none; `rollout run` needs one"
+    remote = config.environment.remote
+    if config.environment.path is None:
+        return f"{remote} (generation {config.environment.generation}); not called"
     environment = load_environment(config.environment.path, dict(config.environment.args))()
+    if remote is not None:
+        generation = config.environment.generation
+        return f"{remote} (generation {generation}), scored by {config.environment.path}; not called"
     tools = ToolSet(environment.all_tools())
     names = ", ".join(spec["function"]["name"] for spec in tools.specs) or "no tools"
     unknown = [name for name in environment.mcp_servers if name not in config.mcp_servers]
     if unknown:
         raise RolloutError(f"{config.environment.path} wants MCP servers that the config does not name: {unknown}")
     return f"{config.environment.path}: {names}"
+
+
+def _tracing(config: ClusterConfig) -> str:
+    config.tracing.resolve(config.name)
+    return f"to {config.tracing.endpoint}, of {config.tracing.sample_ratio:.0%} of the sessions"
+
+
+def _agent(name: str, config: AgentConfig) -> str:
+    agent = make_agent(config.named(name))
+    environment = agent.environment()
+    tools = [spec["function"]["name"] for spec in ToolSet(environment.all_tools()).specs]
+    missing = sorted(set(agent.scopes) - set(tools))
+    if missing and not environment.mcp_servers:
+        raise RolloutError(f"scopes.{missing[0]} names no tool; it has: {', '.join(tools) or 'none'}")
+    hooks = f"; hooks on {', '.join(dict.fromkeys(hook.event for hook in agent.hooks))}" if agent.hooks else ""
+    return f"{config.environment}: {', '.join(tools) or 'no tools'}{hooks}"
 
 
 def _renderer(config: ClusterConfig) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `rollout up|status|down|run|eval|show|check|pull|tools|demo`.
+"""The command line: `rollout up|status|top|logs|down|run|eval|show|check|pull|tools|remote|demo`.
 
 Invariant: a failure is one clear message on standard error and exit code 1; Ctrl-C ends with 130, keeps what has
 finished, and leaves no process of ours behind.
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster import state
+from cluster import cli_watch, remote_check, state
 from rollout.errors import RolloutError
 from rollout.tasks import read_tasks
 from rollout.trajectory_file import FILE_NAME, read_trajectories
@@ -283,6 +283,10 @@ def demo(
     _run(config, None, loaded_tasks, directory, group_size, overwrite=True, as_json=False, look=True)
 
 
+cli_watch.register(app)
+app.add_typer(remote_check.app, name="remote")
+
+
 def _run(
     path: Path,
     overrides: list[str] | None,
@@ -389,7 +393,7 @@ def _status_of(cluster: state.ClusterState) -> dict[str, Any]:
 
     base: dict[str, Any] = {
         "name": cluster.name, "address": cluster.address, "config": cluster.config_path, "logs": cluster.log_file,
-        "alive": launch.is_alive(cluster),
+        "alive": launch.is_alive(cluster), "ray_metrics": cluster.ray_metrics,
     }  # fmt: skip
     if not base["alive"]:
         return base

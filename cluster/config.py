@@ -13,16 +13,21 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.config_access import AccessConfig, check_exposure
-from cluster.config_agents import AgentConfig
+from cluster.config_agents import AgentConfig, AgentName
+from cluster.config_logging import LoggingConfig, TracingConfig
+from cluster.config_metrics import MetricsConfig
+from cluster.config_remote import RemoteRolloutConfig, remote_problem
 from cluster.config_section import Section
+from cluster.config_viewer import ViewerConfig
 from cluster.yaml_places import FieldPath
-from rollout.api import EnvironmentRef, RunRequest
+from rollout.api import EnvironmentRef, RunRequest, plain_url
 from rollout.errors import ConfigError
 from rollout.limits import Limits
 from rollout.mcp_config import McpServerConfig
+from rollout.remote.wire import MAX_URL_CHARS, Generation
 from rollout.sampling import Sampling
 
 # The only mode in which a log-probability is of the distribution that was sampled from.
@@ -164,19 +169,46 @@ class WorkersConfig(Section):
 
 
 class EnvironmentConfig(Section):
-    """What the model acts in: tools, replies and reward, as a class of yours."""
+    """What the model acts in: tools, replies and reward, as a class of yours; or a rollout server somewhere else."""
 
-    path: str
-    """`module:Class`; the module is found on the workers' import path (see `pythonpath`)."""
+    path: str | None = None
+    """`module:Class`; the module is found on the workers' import path (see `pythonpath`). Beside `remote` it only
+    scores, and may be left out."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class."""
+    remote: str | None = Field(default=None, max_length=MAX_URL_CHARS)
+    """URL of a server that speaks the remote rollout protocol: it plays the sessions, and asks this cluster for every
+    turn (see gateway.public_url)."""
+    generation: Generation | None = None
+    """Which generation of the protocol it speaks; needed with `remote`. A: `/rollout`, model calls at
+    `/v1/completions`; A1: A with model calls at `/v1/chat/completions`; B: `/v1/rollout/init`."""
+    key_env: str | None = None
+    """Environment variable of the session workers that holds the server's API key: ROLLOUT_REMOTE_…"""
 
     @field_validator("path")
     @classmethod
-    def _module_and_class(cls, value: str) -> str:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+    def _module_and_class(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
             raise ValueError("must be module:Class, such as examples.calculator.environment:Calculator")
         return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> EnvironmentConfig:
+        if self.path is None and self.remote is None:
+            raise FieldProblems([(("path",), "is required (or remote: the URL of a rollout server)")])
+        if self.remote is not None and self.generation is None:
+            raise FieldProblems([(("generation",), "is required with remote: A, A1 or B")])
+        self.ref()
+        return self
+
+    def ref(self) -> EnvironmentRef:
+        """The same, as runs name it. Raises ValueError."""
+        try:
+            return EnvironmentRef(**self.model_dump())
+        except ValidationError as failure:
+            found = failure.errors(include_url=False, include_input=False, include_context=False)
+            problems = [(item["loc"], item["msg"].removeprefix("Value error, ")) for item in found]
+            raise FieldProblems(problems) from None
 
 
 class RunConfig(Section):
@@ -210,6 +242,14 @@ class GatewayConfig(Section):
     port: int = Field(default=8800, ge=1, le=65535)
     max_body_mb: int = Field(default=64, ge=1, le=4096)
     """Largest request body."""
+    public_url: str | None = Field(default=None, max_length=MAX_URL_CHARS)
+    """Where others reach the gateway, such as https://rollouts.example.com: remote rollout servers are told so. None:
+    http://host:port, which is right for servers on this machine."""
+
+    @field_validator("public_url")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        return None if value is None else plain_url(value)
 
 
 class RayConfig(Section):
@@ -246,7 +286,12 @@ class ClusterConfig(Section):
     journal: JournalConfig = Field(default_factory=JournalConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     access: AccessConfig = Field(default_factory=AccessConfig)
-    agents: dict[str, AgentConfig] | None = None
+    viewer: ViewerConfig = Field(default_factory=ViewerConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    remote_rollout: RemoteRolloutConfig = Field(default_factory=RemoteRolloutConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
+    agents: dict[AgentName, AgentConfig] | None = None
     """Agents by name. Left out: the environment is one, under the name of its class in lower case; {} means none."""
     ray: RayConfig = Field(default_factory=RayConfig)
     pythonpath: list[str] = Field(default_factory=list)
@@ -278,8 +323,12 @@ class ClusterConfig(Section):
         # With a Ray elsewhere the engines' machine is not this one, and its cores are unknown here.
         if self.ray.address is None and (problem := self._binding_problem()):
             problems.append((("engine", "vllm", "tensor_parallel_size"), problem))
+        if self.environment is not None and self.environment.remote is not None and not self.gateway.enabled:
+            problems.append((("gateway", "enabled"), "must be true: environment.remote asks for its turns there"))
         if self.gateway.enabled and (problem := check_exposure(self.gateway.host, self.access)):
             problems.append((("gateway", "host"), problem))
+        if misfit := remote_problem(self):
+            problems.append((("remote_rollout", misfit[0]), misfit[1]))
         if problems:
             raise FieldProblems(problems)
         return self
@@ -297,7 +346,7 @@ class ClusterConfig(Section):
         """What a run takes from this file where its request says nothing."""
         environment = self.environment
         return RunRequest(
-            environment=None if environment is None else EnvironmentRef(path=environment.path, args=environment.args),
+            environment=None if environment is None else environment.ref(),
             sampling=self.sampling,
             limits=self.limits,
             group_size=self.run.group_size,
@@ -308,6 +357,9 @@ class ClusterConfig(Section):
         if self.agents is not None or self.environment is None:
             return self.agents or {}
         path = self.environment.path
+        if path is None or self.environment.remote is not None:
+            # Its tools and replies are the rollout server's.
+            return {}
         return {path.rpartition(":")[2].lower(): AgentConfig(environment=path, args=self.environment.args)}
 
     def replica_env(self) -> dict[str, str]:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from cluster.config_section import Section
-from rollout.agents.agent import AgentLimits
+from rollout.agents.spec import NAME, AgentSpec, NamedAgent
+
+AgentName = Annotated[str, Field(pattern=NAME)]
+"""A segment of an address."""
 
 
-class AgentConfig(Section):
-    """One agent: what you train is what you serve."""
+class AgentConfig(Section, AgentSpec):
+    """One agent: what you train is what you serve. Its fields are those of rollout.agents.spec.AgentSpec."""
 
-    environment: str
-    """`module:Class`, as in `environment.path`."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the class."""
-    description: str = Field(default="", max_length=2_000)
-    """For whoever lists the agents. The system prompt is never shown."""
-    limits: AgentLimits = Field(default_factory=AgentLimits)
-    scopes: dict[str, Literal["all", "owner", "admin"]] = Field(default_factory=dict)
-    """Who may use a tool, by the tool's name; those not named are for all."""
-    show_tool_calls: bool = False
-    """Show the agent's own tool calls in streams, as extra chunks."""
-
-    @field_validator("environment")
-    @classmethod
-    def _module_and_class(cls, value: str) -> str:
-        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
-            raise ValueError("must be module:Class, such as examples.calculator.environment:Calculator")
-        return value
+    def named(self, name: str) -> NamedAgent:
+        """The agent as gateways take it. Raises ValueError for a name that is no segment of an address."""
+        return NamedAgent.model_validate({**self.model_dump(), "name": name})

@@ -18,14 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import state
 from cluster.config import ClusterConfig
+from cluster.config_remote import remote_settings
 from cluster.loading_text import loading_text
 from cluster.ports import free_ports
 from cluster.state import ClusterState
 from rollout.access import AccessKey, AccessSettings, hash_key
 from rollout.errors import RolloutError
+from rollout.redaction import is_secret_name
+from rollout.session_keys import REMOTE_ROLLOUTS, derived_secret
 
 if TYPE_CHECKING:
+    from actors.messages import ControllerSettings, ForeignSettings
+    from deployments.app import EngineSpec
     from deployments.gateway import GatewaySpec
+    from deployments.openai_server import ServingSpec
+    from rollout.logs import LogSettings
 
 CONTROLLER = "controller"
 FRONT = "front"
@@ -77,36 +84,15 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
     from actors.controller import Controller
     from actors.loading_board import OPTIONS as BOARD_OPTIONS
     from actors.loading_board import LoadingBoard
-    from actors.messages import ControllerSettings, WorkerSettings
-    from deployments.app import APP, DEPLOYMENT, EngineSpec, build_engine_app
+    from deployments.app import APP, build_engine_app
     from deployments.gateway import APP as GATEWAY
     from deployments.gateway import build_gateway_app
     from deployments.openai_server import ServingSpec
 
     started = time.monotonic()
     secret = secrets.token_bytes(32)
-    settings = ControllerSettings(
-        worker=WorkerSettings(
-            model=config.model.path,
-            revision=config.model.revision,
-            renderer=config.model.renderer,
-            renderer_options=config.model.renderer_options,
-            app=APP,
-            deployment=DEPLOYMENT,
-            sticky_margin=config.engine.sticky_margin,
-            mcp_servers=dict(config.mcp_servers),
-            max_sessions=config.workers.sessions,
-        ),
-        num_workers=config.workers.count,
-        max_attempts=config.run.max_attempts,
-        max_concurrent_sessions=config.run.max_concurrent_sessions,
-        start_timeout=config.engine.start_seconds,
-        journal_path=str(journal_path(config)) if lasting else _passing_journal(cluster),
-        journal_sync=config.journal.sync and lasting,
-        run_defaults=config.run_defaults(),
-        worker_env={"HF_HUB_OFFLINE": "1"} if config.model.is_local else {},
-        session_secret=secret,
-    )
+    journal = str(journal_path(config)) if lasting else _passing_journal(cluster)
+    settings = controller_settings(config, journal, config.journal.sync and lasting, secret)
     handle = (
         ray.remote(Controller)
         .options(name=CONTROLLER, lifetime="detached", num_cpus=1, max_concurrency=CALLS, max_restarts=-1)
@@ -115,12 +101,11 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
     # The workers load the tokenizer while the engines load the weights.
     workers = handle.spawn_workers.remote()
     report(_engines(config, 0))
-    front = config.gateway.enabled and lasting
+    # A passing cluster has no gateway, unless a remote rollout server has to ask there for its turns.
+    remote = config.environment is not None and config.environment.remote is not None
+    front = config.gateway.enabled and (lasting or remote)
     internal = secrets.token_urlsafe(32)
-    access = replace(config.access.resolve(os.environ, config.gateway.max_body_mb), session_secret=secret)
-    if access.protected:
-        own = AccessKey("gateway", hash_key(internal), frozenset({"serve"}), limited=False)
-        access = replace(access, keys=(*access.keys, own))
+    access = access_settings(config, secret, internal)
     board = (
         ray.remote(LoadingBoard)
         .options(**BOARD_OPTIONS, lifetime="detached", get_if_exists=True)
@@ -132,21 +117,7 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
         start_front(config, cluster, f"127.0.0.1:{port}")
     else:
         serve.start(proxy_location="Disabled")
-    app = build_engine_app(
-        EngineSpec(
-            model=config.model.path,
-            served_name=config.model.name,
-            engine_kwargs=config.llm_engine_kwargs(),
-            env=config.replica_env(),
-            device=config.engine.device,
-            replicas=config.engine.replicas,
-            accelerator_type=config.engine.accelerator_type,
-            warmup=config.engine.warmup,
-            controller=f"{config.name}/{CONTROLLER}",
-            serving=ServingSpec("127.0.0.1", access) if front else None,
-            loading_board=config.name,
-        )
-    )
+    app = build_engine_app(engine_spec(config, ServingSpec("127.0.0.1", access) if front else None))
     # `serve.run` waits without a deadline and says nothing; so it waits in a thread, and we watch.
     failures: list[BaseException] = []
     threading.Thread(target=_serve_run, args=(app, APP, None, failures), daemon=True).start()
@@ -160,6 +131,94 @@ def deploy(config: ClusterConfig, cluster: ClusterState, report: Report, lasting
     ray.get(handle.connect.remote(), timeout=left)
     if front:
         _wait_for_gateway(gateway_address(config), failures, report)
+
+
+def controller_settings(config: ClusterConfig, journal: str, sync: bool, secret: bytes) -> ControllerSettings:
+    """What the controller is made of. `secret` makes the keys of captured sessions; engines have the same."""
+    from actors.messages import ControllerSettings, WorkerSettings
+    from deployments.app import APP, DEPLOYMENT
+
+    return ControllerSettings(
+        worker=WorkerSettings(
+            model=config.model.path,
+            revision=config.model.revision,
+            renderer=config.model.renderer,
+            renderer_options=config.model.renderer_options,
+            app=APP,
+            deployment=DEPLOYMENT,
+            sticky_margin=config.engine.sticky_margin,
+            mcp_servers=dict(config.mcp_servers),
+            max_sessions=config.workers.sessions,
+            foreign=foreign_settings(config, secret),
+            remote=remote_settings(config),
+            logging=log_settings(config),
+            tracing=config.tracing.resolve(config.name),
+        ),
+        num_workers=config.workers.count,
+        max_attempts=config.run.max_attempts,
+        max_concurrent_sessions=config.run.max_concurrent_sessions,
+        start_timeout=config.engine.start_seconds,
+        journal_path=journal,
+        journal_sync=sync,
+        run_defaults=config.run_defaults(),
+        worker_env={"HF_HUB_OFFLINE": "1"} if config.model.is_local else {},
+        session_secret=secret,
+        gallery_trajectories=config.viewer.max_trajectories,
+        gallery_bytes=config.viewer.max_mb * 2**20,
+    )
+
+
+def foreign_settings(config: ClusterConfig, secret: bytes) -> ForeignSettings | None:
+    """How remote rollout servers play sessions of this cluster. None: there is no gateway that they could call."""
+    from actors.messages import ForeignSettings
+
+    if not config.gateway.enabled:
+        return None
+    named = None if config.environment is None else config.environment.ref().remote
+    return ForeignSettings(
+        address=config.gateway.public_url or gateway_address(config),
+        secret=derived_secret(secret, REMOTE_ROLLOUTS),
+        address_given=config.gateway.public_url is not None,
+        allowed_hosts=tuple(config.remote_rollout.allowed_hosts),
+        trusted=() if named is None else (named,),
+    )
+
+
+def log_settings(config: ClusterConfig, access: AccessSettings | None = None) -> LogSettings:
+    """How a process logs, and which of the secrets that it may meet are never written."""
+    servers = config.mcp_servers.values()
+    given = [config.engine.env, *(server.env for server in servers), *(server.headers for server in servers)]
+    values = [value for held in given for name, value in held.items() if is_secret_name(name)]
+    return config.logging.resolve(config.name, (key.sha256 for key in access.keys) if access else (), values)
+
+
+def access_settings(config: ClusterConfig, secret: bytes, internal: str) -> AccessSettings:
+    """Who may use the cluster's HTTP, and the gateways with the key `internal`. Raises ConfigError."""
+    access = replace(config.access.resolve(os.environ, config.gateway.max_body_mb), session_secret=secret)
+    if not access.protected:
+        return access
+    own = AccessKey("gateway", hash_key(internal), frozenset({"serve"}), limited=False)
+    return replace(access, keys=(*access.keys, own))
+
+
+def engine_spec(config: ClusterConfig, serving: ServingSpec | None) -> EngineSpec:
+    """What the engines are made of. Raises ConfigError."""
+    from deployments.app import EngineSpec
+
+    return EngineSpec(
+        model=config.model.path,
+        served_name=config.model.name,
+        engine_kwargs=config.llm_engine_kwargs(),
+        env=config.replica_env(),
+        device=config.engine.device,
+        replicas=config.engine.replicas,
+        accelerator_type=config.engine.accelerator_type,
+        warmup=config.engine.warmup,
+        controller=f"{config.name}/{CONTROLLER}",
+        serving=serving,
+        loading_board=config.name,
+        logging=log_settings(config, serving.access if serving is not None else None),
+    )
 
 
 def start_front(config: ClusterConfig, cluster: ClusterState, gateway: str) -> None:
@@ -181,7 +240,10 @@ def start_front(config: ClusterConfig, cluster: ClusterState, gateway: str) -> N
             # The address is that of this machine.
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         )
-        .remote(FrontSettings(host, port, gateway, cluster.temp_dir or make_folder()), CONTROLLER)
+        .remote(
+            FrontSettings(host, port, gateway, cluster.temp_dir or make_folder(), logging=log_settings(config)),
+            CONTROLLER,
+        )
     )
     try:
         ray.get(handle.start.remote(), timeout=FRONT_SECONDS)
@@ -191,24 +253,23 @@ def start_front(config: ClusterConfig, cluster: ClusterState, gateway: str) -> N
 
 def gateway_spec(config: ClusterConfig, access: AccessSettings, key: str) -> GatewaySpec:
     """What the gateways are made of. `key`: with which they come to the engines."""
-    from deployments.agents import AgentSpec
     from deployments.gateway import GatewaySpec
 
-    agents = [
-        AgentSpec(
-            name, agent.environment, agent.args, agent.description, agent.limits, agent.scopes, agent.show_tool_calls
-        )
-        for name, agent in config.served_agents().items()
-    ]
+    agents = [agent.named(name) for name, agent in config.served_agents().items()]
     return GatewaySpec(
         cluster=config.name,
         max_body_bytes=config.gateway.max_body_mb * 2**20,
-        access=access,
+        # Of the gateways alone: on the engines' ports the same path is vLLM's.
+        access=replace(access, public_paths=frozenset({"/metrics"})) if config.metrics.public else access,
         engine=gateway_address(config),
         engine_key=key if access.protected else "",
         model=config.model.name,
+        tokenizer=config.model.path,
+        revision=config.model.revision,
+        agent_loop=remote.agent_loop if (remote := remote_settings(config)) is not None else None,
         agents=tuple(agents),
         mcp_servers=dict(config.mcp_servers),
+        logging=log_settings(config, access),
     )
 
 

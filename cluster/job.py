@@ -98,7 +98,7 @@ def run_tasks(
     name = f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     given = {"name": name, **({"group_size": group_size} if group_size else {})}
     request = request.model_copy(update=given)
-    about = {"run": name, "model": config.model.path, "environment": environment.path}
+    about = {"run": name, "model": config.model.path, "environment": environment.name}
     handle = controller()
     started = time.monotonic()
     with TrajectoryWriter(out, about, overwrite=overwrite) as writer, _interrupts() as asked:

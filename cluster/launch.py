@@ -24,10 +24,12 @@ import psutil
 from cluster import state
 from cluster.config import ClusterConfig
 from cluster.deploy import LaunchError, Report, deploy, gateway_address, journal_path, undeploy
+from cluster.logs import default_directory
 from cluster.ports import free_ports
 from cluster.ray_auth import use_token
 from cluster.state import ClusterState
 from rollout.errors import RolloutError
+from rollout.logs import DIRECTORY_VARIABLE
 
 RAY_START_SECONDS = 60.0
 
@@ -57,6 +59,7 @@ def up(
             verify()
         _wait_for_ray(cluster, report)
         with connected(cluster, patience=RAY_START_SECONDS):
+            cluster = _with_address(cluster)
             deploy(config, cluster, report, lasting)
     except BaseException as failure:
         tail = log_tail(cluster)
@@ -154,13 +157,17 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
     cluster_id = uuid.uuid4().hex
     path = str(Path(config_path).resolve())
     if config.ray.address is not None:
-        return ClusterState(config.name, cluster_id, config.ray.address, path, "", "", time.time(), owns_ray=False)
+        logs = config.logging.directory or ""
+        return ClusterState(
+            config.name, cluster_id, config.ray.address, path, "", "", time.time(), logs=logs, owns_ray=False
+        )
     report("starting Ray")
     use_token()
     # Short: Ray puts sockets below it, whose paths may not exceed 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="rollout-", dir="/tmp")
     log_file = os.path.join(temp_dir, "ray.log")
-    port, client_port, agent_port = free_ports(3)
+    port, client_port, agent_port, free_port = free_ports(4)
+    metrics_port = config.metrics.ray_port or free_port
     command = [
         os.path.join(os.path.dirname(sys.executable), "ray"),
         "start",
@@ -170,6 +177,7 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
         f"--port={port}",
         f"--ray-client-server-port={client_port}",
         f"--dashboard-agent-listen-port={agent_port}",
+        f"--metrics-export-port={metrics_port}",
         "--include-dashboard=false",
         "--disable-usage-stats",
         f"--num-cpus={config.ray.logical_cpus}",
@@ -196,8 +204,19 @@ def _start_ray(config: ClusterConfig, config_path: Path | str, report: Report) -
         started_at=time.time(),
         session_id=leader.pid,
         session_started=psutil.Process(leader.pid).create_time(),
+        ray_metrics=f"http://127.0.0.1:{metrics_port}/metrics",
+        logs=config.logging.directory or str(default_directory(config.name)),
     )
     return cluster
+
+
+def _with_address(cluster: ClusterState) -> ClusterState:
+    """With the connected Ray's own address for words such as `auto`, which may lead elsewhere tomorrow."""
+    import ray
+
+    if cluster.owns_ray or ":" in cluster.address:
+        return cluster
+    return replace(cluster, address=ray.get_runtime_context().gcs_address)
 
 
 def _wait_for_ray(cluster: ClusterState, report: Report) -> None:
@@ -218,6 +237,7 @@ def _node_environment(config: ClusterConfig, cluster_id: str) -> dict[str, str]:
     return {
         **os.environ,
         state.ID_VARIABLE: cluster_id,
+        DIRECTORY_VARIABLE: str(default_directory(config.name)),
         "PYTHONPATH": os.pathsep.join(path),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",

@@ -48,6 +48,10 @@ class ClusterState:
     """URL of its gateway; empty where it has none."""
     journal: str = ""
     """File of its journal; empty where that goes with the cluster."""
+    ray_metrics: str = ""
+    """URL of the local Ray's metrics, with vLLM's and Serve's; empty where the Ray is not ours."""
+    logs: str = ""
+    """Directory of its processes' log files; empty where they have none that this machine knows of."""
     owns_ray: bool = True
     """Whether the Ray under it was started by us, and so ends with it."""
 

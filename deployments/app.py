@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.lane_router import LaneRouter
 from deployments.openai_server import ServingSpec
+from rollout.logs import LogSettings
 
 APP = "engine"
 DEPLOYMENT = "engine"
@@ -49,6 +50,8 @@ class EngineSpec:
     """How each replica serves OpenAI's protocol, on a port of its own; None: not at all."""
     loading_board: str | None = None
     """Ray namespace of the loading board that replicas report to; None: they report nothing."""
+    logging: LogSettings | None = None
+    """None: as Python, Serve and vLLM do it."""
 
 
 def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
@@ -86,6 +89,7 @@ def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
             "controller": spec.controller,
             "serving": spec.serving,
             "loading_board": spec.loading_board,
+            "log_settings": spec.logging,
         },
         override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": START_ATTEMPTS},
     )

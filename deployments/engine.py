@@ -28,8 +28,10 @@ from deployments.openai_server import OpenAIServer, ServingSpec
 from deployments.replica_loading import ReplicaLoading, with_progress
 from deployments.replica_weights import ReplicaUpdater
 from deployments.served_client import serve_policy
+from rollout import logs
 from rollout.engine import GenerateRequest, Generation, VersionSpan
 from rollout.errors import EngineDied, EngineError, EngineRefused
+from rollout.logs import LogSettings
 from rollout.weights import CheckpointSource, LoraSource, ReplicaWeights, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -87,12 +89,14 @@ class RolloutEngine(LLMServer):
         controller: str | None = None,
         serving: ServingSpec | None = None,
         loading_board: str | None = None,
+        log_settings: LogSettings | None = None,
     ) -> None:
         """Start the engine, load the current weights, and generate once. Raises what vLLM raises.
 
         `controller`: "namespace/name" of the actor that knows the current weights; None: those of the model.
-        `serving`, `loading_board`: see EngineSpec.
+        `serving`, `loading_board`, `log_settings`: see EngineSpec.
         """
+        logs.install(log_settings, "engine", _replica_name())
         self._mailboxes: dict[str, _Mailbox] = {}
         self._in_flight = 0
         self._version = 0

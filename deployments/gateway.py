@@ -12,20 +12,40 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
+from actors.foreign_calls import ForeignCalls, RayForeignCalls
 from actors.loading_board import BoardReader
 from actors.ray_backend import RayBackend
+from deployments import openapi
 from deployments.access import install as install_access
-from deployments.agents import AgentSpec, make_registry
+from deployments.agents import AgentKeeper, ServedAgents, SharedTurns, make_registry
 from deployments.chat_engine import HttpChatEngine
 from deployments.completions import HttpCompletions
 from deployments.routes import agents as agent_routes
-from deployments.routes import batches, errors, inference, loading, runs, sessions, weights
+from deployments.routes import (
+    batches,
+    errors,
+    foreign,
+    inference,
+    loading,
+    metrics,
+    remote_rollout,
+    runs,
+    sessions,
+    trajectories,
+    ui,
+    weights,
+)
+from deployments.token_text import TokenizerText, TokenText
+from rollout import logs
 from rollout.access import AccessSettings
 from rollout.agents.chat_engine import ChatEngine
 from rollout.agents.registry import AgentRegistry
+from rollout.agents.spec import NamedAgent
 from rollout.backend import Backend
 from rollout.inference import CompletionEngine
+from rollout.logs import LogSettings
 from rollout.mcp_config import McpServerConfig
+from rollout.session_keys import REMOTE_ROLLOUTS, derived_secret
 
 APP = "gateway"
 # Calls that one gateway holds at once, long polls included.
@@ -47,9 +67,17 @@ class GatewaySpec:
     engine_key: str = field(default="", repr=False)
     model: str = ""
     """The model's name there."""
-    agents: tuple[AgentSpec, ...] = ()
+    agents: tuple[NamedAgent, ...] = ()
     mcp_servers: Mapping[str, McpServerConfig] = field(default_factory=dict, repr=False)
     replicas: int = 1
+    agent_loop: str | None = None
+    """What is played for foreign trainers; None: this cluster is no rollout server."""
+    tokenizer: str = ""
+    """The model's directory or hub name, for the text of tokens in the viewer; empty: it shows numbers."""
+    revision: str | None = None
+    """Of the tokenizer, on the hub."""
+    logging: LogSettings | None = None
+    """None: as Python and Serve do it."""
 
 
 def make_app(
@@ -60,12 +88,21 @@ def make_app(
     agents: AgentRegistry | None = None,
     chat: ChatEngine | None = None,
     completions: CompletionEngine | None = None,
+    token_text: TokenText | None = None,
+    remote: ForeignCalls | None = None,
+    agent_loop: str | None = None,
+    agent_keeper: AgentKeeper | None = None,
 ) -> FastAPI:
     """The application. `backend` is called once, with the first request.
 
     `access`: None: everybody may do everything. `board`: where loading is reported (routes.loading.Loading).
     `agents` speak to the model through `chat`, `/v1/inference` through `completions`.
+    `agent_keeper`: holds the agents that are added; None: none can be.
+    `token_text`: the text of tokens for the viewer; None: it shows numbers.
+    `remote`: takes the calls of remote rollout servers; None: there are none.
+    `agent_loop`: what is played for foreign trainers; None: nothing is.
     """
+    access = access or AccessSettings()
     app = FastAPI(
         title="rollout-cluster",
         description="Tasks in, training-ready trajectories out, weights back.",
@@ -75,16 +112,33 @@ def make_app(
     app.state.max_body_bytes = max_body_bytes
     app.state.backend = _Lazy(backend)
     app.state.loading = board
-    app.state.agents, app.state.chat_engine = agents or AgentRegistry(), chat
-    app.state.completions = completions
+    app.state.agents, app.state.chat_engine = ServedAgents(agents or AgentRegistry(), agent_keeper), chat
+    app.state.completions, app.state.token_text = completions, token_text
+    app.state.foreign, app.state.foreign_secret = remote, derived_secret(access.session_secret, REMOTE_ROLLOUTS)
+    app.state.agent_loop = agent_loop
     errors.install(app)
-    for module in (runs, batches, weights, sessions, loading, inference, agent_routes):
+    for module in (
+        runs,
+        batches,
+        weights,
+        sessions,
+        loading,
+        inference,
+        agent_routes,
+        metrics,
+        trajectories,
+        ui,
+        foreign,
+        remote_rollout,
+    ):
         app.include_router(module.router)
 
     @app.get("/health", tags=["health"])
-    async def health() -> dict[str, str]:
-        """The gateway lives."""
-        return {"status": "ok"}
+    async def health(request: Request) -> dict[str, Any]:
+        """The gateway lives. A rollout server says so in its protocol's words."""
+        if agent_loop is None:
+            return {"status": "ok"}
+        return await remote_rollout.health(request.app.state.backend, agent_loop)
 
     @app.get("/ready", tags=["health"])
     async def ready(request: Request) -> dict[str, Any]:
@@ -92,7 +146,8 @@ def make_app(
         state = await request.app.state.backend.weights()
         return {"status": "ready", "policy_version": state["version"], "replicas": len(state["replicas"])}
 
-    install_access(app, access or AccessSettings())
+    openapi.install(app)
+    install_access(app, access)
     return app
 
 
@@ -114,14 +169,20 @@ def build_gateway_app(spec: GatewaySpec) -> Any:
     from ray import serve
 
     def make() -> FastAPI:
+        logs.install(spec.logging, APP, _replica_name())
+        backend: Any = _Lazy(lambda: RayBackend(spec.cluster, patience=PATIENCE_S))
         return make_app(
-            lambda: RayBackend(spec.cluster, patience=PATIENCE_S),
+            lambda: backend,
             spec.max_body_bytes,
             spec.access,
             BoardReader(spec.cluster),
-            make_registry(spec.agents, spec.mcp_servers),
+            make_registry(spec.agents, spec.mcp_servers, SharedTurns(backend)),
             HttpChatEngine(spec.engine, spec.model, api_key=spec.engine_key or None) if spec.engine else None,
             HttpCompletions(spec.engine, spec.model, api_key=spec.engine_key or None) if spec.engine else None,
+            TokenizerText(spec.tokenizer, spec.revision) if spec.tokenizer else None,
+            RayForeignCalls(spec.cluster),
+            spec.agent_loop,
+            backend,
         )
 
     @serve.deployment(
@@ -137,3 +198,13 @@ def build_gateway_app(spec: GatewaySpec) -> Any:
         """Serves the application."""
 
     return Gateway.bind()  # type: ignore[attr-defined]
+
+
+def _replica_name() -> str:
+    """Serve's id of this replica; empty outside Serve."""
+    from ray import serve
+
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except Exception:
+        return ""

@@ -14,6 +14,7 @@ missing folder or a mistake in here costs the figures and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -42,6 +43,9 @@ DIRECTORY_KEY = "progress_dir"
 FORMAT_KEY = "progress_load_format"
 # Figures are written at most so often: a file replaced 20 times a second costs a load nothing.
 WRITE_EVERY_S = 0.05
+# A rank that cannot load writes why into a file with this ending.
+ERROR_SUFFIX = ".error"
+MAX_ERROR_CHARS = 1_000
 MIB = 2**20
 
 # How models call their stacks. Numbers below other names are parts of a layer (`experts.3`) or of none (`mlp.2`).
@@ -148,6 +152,17 @@ class RankFile:
                 logger.log(level, "the progress of loading cannot be written to %s: %s", self._path, failure)
             self._told = True
 
+    def failed(self, failure: BaseException) -> None:
+        """Say why this rank's load failed, beside its figures. Never raises OSError.
+
+        vLLM tells the engine that a rank died, and not of what.
+        """
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.with_suffix(ERROR_SUFFIX).write_text(
+                    f"{type(failure).__name__}: {failure}"[:MAX_ERROR_CHARS], errors="replace"
+                )
+
 
 # Bytes of the parameters of each model as they were when it was loaded first: vLLM's kernels may keep matrices in
 # forms of their own afterwards, and while weights are loaded anew the parameters have no memory at all.
@@ -194,6 +209,14 @@ class ProgressLoader(DefaultModelLoader):
         if counting is None:
             counting = self._begin(model)
         counting.finish()
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """vLLM's own; a failure is told on its way."""
+        try:
+            super().load_weights(model, model_config)
+        except Exception as failure:
+            RankFile(self._directory, _rank()).failed(failure)
+            raise
 
     def _prepare_weights(self, *arguments: Any, **keywords: Any) -> tuple[str, list[str], bool, str]:
         found = super()._prepare_weights(*arguments, **keywords)

@@ -29,6 +29,9 @@ POLL_S = 0.1
 ALIVE_S = 5.0
 # Deadline of joining the thread; it does nothing that takes long.
 JOIN_SECONDS = 2.0
+# Of what ranks say of their failures, so much is told on.
+MAX_CAUSE_CHARS = 1_000
+MAX_CAUSES = 4
 # vLLM's formats that our loader stands in for; another one is the user's choice, and is left alone.
 _READ_AS_FILES = frozenset({"auto", "hf", "safetensors", "mistral", "pt"})
 _LOAD_FORMAT = "progress"
@@ -84,7 +87,7 @@ class ReplicaLoading:
     def error(self, failure: BaseException | str) -> None:
         """The replica will not come to be."""
         text = failure if isinstance(failure, str) else f"{type(failure).__name__}: {failure}"
-        self._end({"stage": ERROR, "message": text})
+        self._end({"stage": ERROR, "message": "; ".join([*self._causes(), text])})
         self._over.set()
 
     def close(self) -> None:
@@ -130,6 +133,19 @@ class ReplicaLoading:
             return sorted(self.directory.glob("rank-*.json")) if self.directory is not None else []
         except OSError:
             return []
+
+    def _causes(self) -> list[str]:
+        """What the ranks say of their failures; the same of several once. The engine only knows that they died."""
+        causes: dict[str, list[str]] = {}
+        try:
+            for file in sorted(self.directory.glob("rank-*.error")) if self.directory is not None else []:
+                with file.open(errors="replace") as opened:
+                    said = opened.read(MAX_CAUSE_CHARS)
+                causes.setdefault(said, []).append(file.stem.removeprefix("rank-"))
+        except OSError:
+            # Of no more use than none.
+            return []
+        return [f"rank {', '.join(ranks)}: {said}" for said, ranks in causes.items()][:MAX_CAUSES]
 
     def _tell(self) -> None:
         """Report everything: what is known already costs the board a comparison."""

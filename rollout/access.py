@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rollout.access_limits import UNBOUNDED, Bounds, Limiter
-from rollout.access_paths import SCOPES, Scope, error_form, needed_scope
+from rollout.access_paths import SCOPES, Need, Scope, error_form, needed_scope
 from rollout.errors import ConfigError
 from rollout.session_keys import SESSION_CALLER, session_of
 
@@ -82,6 +82,8 @@ class AccessSettings:
     """Bounds of all callers together."""
     max_body_bytes: int | None = None
     cors_origins: tuple[str, ...] = ()
+    public_paths: frozenset[str] = frozenset()
+    """Paths that need some key, whichever, and here need none."""
     session_secret: bytes = field(default=b"", repr=False)
     """Makes the keys of captured sessions; empty: there are none."""
 
@@ -138,8 +140,10 @@ def hash_key(key: str | bytes) -> str:
     return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
 
 
-def allows(scopes: frozenset[Scope], needed: Scope | None) -> bool:
+def allows(scopes: frozenset[Scope], needed: Need | None) -> bool:
     """Whether these scopes are enough. `admin` implies the others."""
+    if needed == "any":
+        return bool(scopes)
     return needed is None or needed in scopes or "admin" in scopes
 
 
@@ -161,7 +165,7 @@ class Gate:
         Counts nothing yet; see `enter`.
         """
         needed = needed_scope(method, path)
-        if needed is None:
+        if needed is None or (needed == "any" and path in self.settings.public_paths):
             return Caller(address, frozenset(), limited=False)
         if not self.settings.protected:
             return Caller(address, frozenset(SCOPES))
@@ -169,7 +173,8 @@ class Gate:
         if isinstance(caller, Refusal) or allows(caller.scopes, needed):
             return caller
         has = ", ".join(sorted(caller.scopes)) or "none"
-        return Refusal("forbidden", f"this needs the scope {needed}; {caller.name} has: {has}")
+        wanted = "one of the scopes" if needed == "any" else f"the scope {needed}"
+        return Refusal("forbidden", f"this needs {wanted}; {caller.name} has: {has}")
 
     def too_large(self, length: int) -> Refusal | None:
         """Refuses a body of so many bytes, announced or received so far."""
@@ -196,8 +201,10 @@ class Gate:
 
     def _identify(self, headers: Mapping[bytes, bytes]) -> Caller | Refusal:
         scheme, _, bearer = headers.get(b"authorization", b"").strip().partition(b" ")
+        # Remote trainers may send the bare key. Of another scheme, such as Basic, nothing is one.
+        authorization = bearer.strip() if scheme.lower() == b"bearer" else b"" if bearer else scheme
         # OpenAI's clients send the first, Anthropic's the second, and those told to send both do.
-        offered = [bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip()]
+        offered = [authorization, headers.get(b"x-api-key", b"").strip()]
         offered = [key for key in offered if key]
         if not offered:
             return Refusal("unauthenticated", "no API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`")

@@ -13,6 +13,8 @@ from typing import Literal
 from urllib.parse import unquote
 
 Scope = Literal["serve", "trainer", "admin"]
+Need = Scope | Literal["any"]
+"""`any`: one of the scopes, whichever."""
 Form = Literal["openai", "anthropic", "ours"]
 """Whose error bodies a path's clients understand."""
 
@@ -30,9 +32,16 @@ _ANY = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"})
 
 # A pattern's "*" is one segment, "**" at the end any number of them, none included. The first row that fits counts.
 # scope None: open to everybody.
-_TABLE: tuple[tuple[str, frozenset[str], Scope | None], ...] = (
+_TABLE: tuple[tuple[str, frozenset[str], Need | None], ...] = (
     ("/health", _READ, None),
     ("/ready", _READ, None),
+    ("/metrics", _READ, "any"),
+    # The page and its scripts hold nothing; what they show is asked for with the reader's own key.
+    ("/ui/**", _READ, None),
+    # Remote rollout servers come with the key of one rollout, which the route itself looks at (routes.foreign).
+    ("/remote/*/v1/completions", _POST, None),
+    ("/remote/*/v1/chat/completions", _POST, None),
+    ("/remote/*/v1/rollout/completed", _POST, None),
     # OpenAI's and Anthropic's, as vLLM serves them.
     ("/v1/chat/completions", _POST, "serve"),
     ("/v1/completions", _POST, "serve"),
@@ -56,7 +65,12 @@ _TABLE: tuple[tuple[str, frozenset[str], Scope | None], ...] = (
     ("/v1/leases/**", _ANY, "trainer"),
     ("/v1/batches/**", _ANY, "trainer"),
     ("/v1/rollout/**", _ANY, "trainer"),
+    # The remote rollout protocol's own paths, as the rollout server.
+    ("/rollout", _POST, "trainer"),
+    ("/tools", _READ, "trainer"),
+    ("/platform/health", _READ, "trainer"),
     ("/v1/sessions/**", _ANY, "trainer"),
+    ("/v1/trajectories/**", _READ, "trainer"),
     ("/v1/weights", _READ, "trainer"),
 )
 # Families whose clients expect error bodies of their own; all other paths have ours.
@@ -74,7 +88,7 @@ _FORMS: tuple[tuple[str, Form], ...] = (
 )
 
 
-def needed_scope(method: str, path: str) -> Scope | None:
+def needed_scope(method: str, path: str) -> Need | None:
     """The scope that a request needs; None where everybody may. `path`: as the server decoded it, without a query."""
     if len(path) > MAX_PATH_CHARS:
         return "admin"
@@ -82,7 +96,7 @@ def needed_scope(method: str, path: str) -> Scope | None:
 
 
 @functools.lru_cache(CACHED_PATHS)
-def _needed(method: str, path: str) -> Scope | None:
+def _needed(method: str, path: str) -> Need | None:
     # Routers match the path as it stands, with or without a slash at its end.
     literal = path[:-1] if path.endswith("/") and len(path) > 1 else path
     seen, meant = _row(method, literal), _row(method, normalised(path))
@@ -112,7 +126,7 @@ def normalised(path: str) -> str:
     return posixpath.normpath("/" + path.replace("\\", "/").lstrip("/"))
 
 
-def _row(method: str, path: str) -> Scope | None:
+def _row(method: str, path: str) -> Need | None:
     if not path.startswith("/"):
         return "admin"
     segments = path.split("/")[1:]

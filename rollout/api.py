@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rollout.limits import Limits
+from rollout.remote.wire import MAX_URL_CHARS, Generation
 from rollout.sampling import Sampling
 
 # Tasks of one submission, and groups of one lease.
@@ -31,12 +33,59 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EnvironmentRef(_Message):
-    """Which environment a run is played in."""
+def plain_url(value: str) -> str:
+    """A rollout server's URL without a slash at its end. Raises ValueError for what is not scheme://host[:port][/path]."""
+    try:
+        parts = urlsplit(value.strip())
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good or not value.strip().isprintable() or " " in value.strip():
+        raise ValueError("must be http://host[:port][/path] or https://…")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold a user or password; name the key's variable in key_env")
+    if parts.query or parts.fragment:
+        raise ValueError("must end with its path, without ? and #")
+    return value.strip().rstrip("/")
 
-    path: str = Field(min_length=3, max_length=512)
-    """`module:Class` on the workers' import path."""
+
+class EnvironmentRef(_Message):
+    """Which environment a run is played in: a class of yours, or a rollout server somewhere else."""
+
+    path: str | None = Field(default=None, min_length=3, max_length=512)
+    """`module:Class` on the workers' import path. Beside `remote` it only scores, and may be left out."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+    remote: str | None = Field(default=None, max_length=MAX_URL_CHARS)
+    """URL of a rollout server, which plays the sessions and asks us for every turn."""
+    generation: Generation | None = None
+    """What it speaks of the remote rollout protocol: A (/rollout, model calls at /v1/completions), A1 (A with model
+    calls at /v1/chat/completions), B (/v1/rollout/init). Needed with `remote`."""
+    key_env: str | None = Field(default=None, pattern=r"^ROLLOUT_REMOTE_[A-Z0-9_]{1,64}$")
+    """Environment variable of the session workers that holds the rollout server's key, if it wants one."""
+
+    @field_validator("remote")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        return None if value is None else plain_url(value)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> EnvironmentRef:
+        if self.remote is None:
+            if self.path is None:
+                raise ValueError("needs path (module:Class), or remote (the URL of a rollout server)")
+            if self.generation is not None or self.key_env is not None:
+                raise ValueError("generation and key_env are of a rollout server: give remote as well, or neither")
+        elif self.generation is None:
+            raise ValueError("remote needs generation: A, A1 or B, as the rollout server speaks it")
+        elif self.path is None and self.args:
+            raise ValueError("args are of the class at path, and there is none")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The environment in a word, for people."""
+        return self.remote or self.path or ""
 
 
 class Filters(_Message):

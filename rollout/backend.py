@@ -73,6 +73,9 @@ class Backend(Protocol):
     async def weights(self) -> dict[str, Any]:
         """Version, source and replicas."""
 
+    async def metrics_text(self) -> bytes:
+        """All metrics of the cluster in Prometheus's text format."""
+
     async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
         """An address for one black-box agent. Never repeated by itself: each call is a session."""
 

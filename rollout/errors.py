@@ -104,6 +104,19 @@ class WorkerDied(RolloutError):
     retryable = True
 
 
+class RemoteError(RolloutError):
+    """A remote rollout server refused a rollout, answered what is no answer, or reported that it failed."""
+
+    category = "remote"
+
+
+class RemoteDied(RemoteError):
+    """A remote rollout server could not be reached, or went away or failed (5xx) while it held the rollout."""
+
+    category = "remote_died"
+    retryable = True
+
+
 class ApiError(RolloutError):
     """A request of a trainer that cannot be served. `status` is its HTTP status, `field` what is wrong."""
 

@@ -161,6 +161,10 @@ class HttpBackend:
         """See Backend."""
         return dict(await self._json("GET", "/v1/weights"))
 
+    async def metrics_text(self) -> bytes:
+        """See Backend."""
+        return (await self._call("GET", "/metrics")).content
+
     async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
         """See Backend."""
         body = {

@@ -47,6 +47,8 @@ class Segment:
     turns: list[TurnSpan] = field(default_factory=list)
     fork_reason: str | None = None
     """Why this segment does not extend the one before; None for the first."""
+    reasoning_spans: list[tuple[int, int]] | None = None
+    """Reasoning tokens `[start, end)` of the response; None: not looked for, or not known (see rollout.reasoning)."""
 
     @property
     def num_sampled(self) -> int:

@@ -1,7 +1,8 @@
 """The trajectory record: an Arrow table with one row per segment. The one format of everything that leaves.
 
 Invariant (`check`, at every write): the per-token lists of a row have the length of response_ids; mask 1 ⇔
-version ≥ 0; log-probabilities are finite, and 0 where the mask is 0; segments of a trajectory are complete.
+version ≥ 0; log-probabilities are finite, and 0 where the mask is 0; reasoning spans lie inside the response;
+segments of a trajectory are complete.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SCHEMA = pa.schema(
             ),
             nullable=False,
         ),
+        pa.field("reasoning_spans", pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))),
         pa.field("fork_reason", pa.string()),
         pa.field("messages", pa.string(), nullable=False),
         pa.field(
@@ -88,6 +90,8 @@ SCHEMA = pa.schema(
 )
 
 _PER_TOKEN = ("response_mask", "logprobs", "policy_versions")
+# Columns that older software did not write. They are null in what it left.
+_LATER = ("reasoning_spans",)
 # An errored session may have died before its first prompt; its row still exists, with empty arrays.
 _EMPTY = Segment(prompt_ids=array(IDS))
 
@@ -124,6 +128,7 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
                 for _, _, s in rows
             ],
         ),
+        "reasoning_spans": _array("reasoning_spans", [_spans(s) for _, _, s in rows]),
         "fork_reason": _array("fork_reason", [s.fork_reason for _, _, s in rows]),
         "messages": _array("messages", [texts[id(t)][0] for t, _, _ in rows]),
         "tool_calls": _array(
@@ -156,6 +161,21 @@ def to_table(trajectories: Sequence[Trajectory]) -> pa.Table:
     table = pa.table(columns, schema=SCHEMA)
     check(table)
     return table
+
+
+def upgraded(table: pa.Table) -> pa.Table:
+    """A table of older software with the columns that it did not know, as nulls. Others come back as they are."""
+    for name in _LATER:
+        if name not in table.column_names:
+            field = SCHEMA.field(name)
+            place = min(SCHEMA.get_field_index(name), table.num_columns)
+            table = table.add_column(place, field, pa.nulls(table.num_rows, field.type))
+    return table
+
+
+def _spans(segment: Segment) -> list[dict[str, int]] | None:
+    spans = segment.reasoning_spans
+    return None if spans is None else [{"start": start, "end": end} for start, end in spans]
 
 
 def _json(value: Any) -> str:
@@ -211,6 +231,7 @@ def check(table: pa.Table) -> None:
         pc.or_(sampled, pc.equal(logprobs, 0.0)),
         "a log-probability stands where the mask is 0",
     )
+    _check_spans(table, lengths)
     known = pc.is_in(table["stop_reason"], value_set=pa.array(STOP_REASONS))
     _require(table, known, "unknown stop_reason")
     inside = pc.and_(
@@ -236,6 +257,18 @@ def check(table: pa.Table) -> None:
     _require(whole, complete, "segments are missing or repeated")
 
 
+def _check_spans(table: pa.Table, lengths: Any) -> None:
+    spans = pc.list_flatten(table["reasoning_spans"])
+    if not len(spans):
+        return
+    parents = pc.list_parent_indices(table["reasoning_spans"])
+    start, end = pc.struct_field(spans, "start"), pc.struct_field(spans, "end")
+    inside = pc.and_(
+        pc.and_(pc.greater_equal(start, 0), pc.less(start, end)), pc.less_equal(end, pc.take(lengths, parents))
+    )
+    _require_tokens(table, parents, inside, "a reasoning span is outside the response")
+
+
 def _require(table: pa.Table, good: Any, problem: str) -> None:
     good = pc.fill_null(good, False)
     if not pc.all(good).as_py():
@@ -253,7 +286,7 @@ def _require_tokens(table: pa.Table, parents: Any, good: Any, problem: str) -> N
 def read_parquet(path: Path | str) -> pa.Table:
     """A trajectory file as a checked table. Raises RecordError for a file of another kind."""
     try:
-        table = pq.read_table(path)
+        table = upgraded(pq.read_table(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise RecordError(f"{path}: not a readable Parquet file: {error}") from None
     missing = [name for name in SCHEMA.names if name not in table.column_names]

@@ -19,6 +19,8 @@ from rollout.errors import TaskFileError
 MAX_LINE_BYTES = 16 * 1024 * 1024
 # Bad lines named in one error; the rest are counted.
 MAX_REPORTED = 5
+# Characters of a wrong value that a message repeats.
+MAX_SHOWN = 100
 
 Message = dict[str, Any]
 """A chat message in OpenAI's form: role, content, and where they apply tool_calls, tool_call_id, name."""
@@ -47,8 +49,9 @@ class Task(BaseModel):
     def _well_formed(cls, messages: list[Message]) -> list[Message]:
         for index, message in enumerate(messages):
             role = message.get("role")
-            if role not in _ROLES:
-                raise ValueError(f"messages.{index}.role is {role!r}; use one of {', '.join(sorted(_ROLES))}")
+            if not isinstance(role, str) or role not in _ROLES:
+                shown = repr(role)[:MAX_SHOWN]
+                raise ValueError(f"messages.{index}.role is {shown}; use one of {', '.join(sorted(_ROLES))}")
             content = message.get("content")
             if not (isinstance(content, str | list) or (content is None and role == "assistant")):
                 raise ValueError(f"messages.{index}.content must be text or a list of parts")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from rollout import tracing
 from rollout.errors import ToolError
 from rollout.tools import Tool
 
@@ -95,7 +96,10 @@ class ToolSet:
         async def one(index: int, call: ToolCall) -> ToolResult:
             if index >= max_calls:
                 return _failed(call, 0.0, "refused", f"more than {max_calls} calls in one turn")
-            return await self.call(call, timeout=timeout, max_output_chars=max_output_chars)
+            with tracing.span("tool", tool=call.name) as span:
+                result = await self.call(call, timeout=timeout, max_output_chars=max_output_chars)
+                span.set(outcome=result.outcome, error=result.record.error)
+            return result
 
         if len(calls) == 1:
             return [await one(0, calls[0])]

@@ -14,10 +14,10 @@ from rollout.tool_calls import ToolCallRecord
 
 StopReason = Literal[
     "stop",  # the model ended its turn and the environment had nothing to add
-    "length",  # a turn was cut: by sampling.max_tokens or by the model's context
+    "length",  # a turn was cut: by sampling.max_tokens, by the model's context, or by a captured session's client
     "max_turns",
     "max_tokens",  # limits.max_response_tokens
-    "deadline",  # limits.session_seconds or limits.engine_seconds
+    "deadline",  # limits.session_seconds or limits.engine_seconds; a captured session that was never closed
     "tool_error",  # limits.max_tool_errors
     "cancelled",
     "error",

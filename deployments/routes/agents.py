@@ -1,9 +1,10 @@
-"""Agents: listed, and spoken to over OpenAI's protocol, streaming and not.
+"""Agents: listed, added, removed, and spoken to over OpenAI's protocol, streaming and not.
 
 Invariant: every answer here has OpenAI's form, errors too; a stream always ends with `[DONE]`, and an error inside
 it is an event before that. A client that hangs up ends its request: the model's call and the tools are cancelled.
 
-The caller's scope names are in `request.state.scopes`, put there by whoever authenticates; without it, `all`.
+The caller's scope names are in `request.state.scopes` and its name in `request.state.caller`, put there by whoever
+authenticates; without them, `all` and nobody. `app.state.agents` is a ServedAgents.
 """
 
 from __future__ import annotations
@@ -11,96 +12,138 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 
-from deployments.routes import body
-from rollout.agents import Agent, AgentRegistry, AgentRun, AgentTimeout, ChatEngineError, Folded
+from deployments.agents import ServedAgents
+from deployments.routes import body, openai_schemas
+from deployments.routes.errors import named_problems
+from deployments.routes.event_stream import DONE, EventStream
+from rollout.agents import Agent, AgentRun, AgentTimeout, ChatEngineError, Folded, NamedAgent
 from rollout.agents.chat_engine import Chunk
-from rollout.errors import ApiError, BusyError, RolloutError, ToolError
+from rollout.agents.scopes import granted
+from rollout.errors import ApiError, BusyError, RefusedError, RolloutError, ToolError
 
 router = APIRouter(prefix="/agents", tags=["agents"])
 
 logger = logging.getLogger(__name__)
 
-# A stream without news says so, so that proxies keep it open while tools run.
-KEEP_ALIVE_S = 10.0
+T = TypeVar("T")
+
 # How soon it is noticed that a client has hung up.
 GONE_POLL_S = 0.5
 # The status, in the log alone, of a request whose client has hung up.
 CLIENT_GONE = 499
-# Stands for a chunk where there is none yet.
-SILENCE: Chunk = {}
-_CHAT: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-}
 
 
 class _Gone(Exception):
     """The client has hung up: nobody reads the answer."""
 
 
-@router.get("")
+class _NoEngine:
+    """Of a gateway that was told of no model."""
+
+    async def stream(self, body: dict[str, Any]) -> AsyncIterator[Chunk]:
+        """See ChatEngine."""
+        raise ChatEngineError(503, "this gateway has no engine behind it that agents could ask")
+        yield {}
+
+
+@router.get("", responses=openai_schemas.LIST_AGENTS)
 async def list_agents(request: Request) -> Response:
     """Name, description, tools and limits of every agent, as the caller may use them."""
     try:
-        return JSONResponse({"agents": await _registry(request).describe(_scopes(request))})
+        return JSONResponse({"agents": await _agents(request).describe(_scopes(request), _caller(request))})
     except RolloutError as failure:
         return _error(failure)
 
 
-@router.get("/{name}/v1/models")
+@router.post("", status_code=201, openapi_extra=openai_schemas.NEW_AGENT, responses=openai_schemas.ADD_AGENT)
+async def add_agent(request: Request) -> Response:
+    """Serve an environment of the gateways' import path, at every gateway. The same again changes nothing."""
+    try:
+        wanted = await _new_agent(request)
+        return JSONResponse(await _agents(request).add(wanted), 201)
+    except RolloutError as failure:
+        return _error(failure)
+
+
+@router.delete("/{name}", status_code=204, responses=openai_schemas.REMOVE_AGENT)
+async def remove_agent(request: Request, name: str) -> Response:
+    """Serve an added agent no more. Its requests in flight go on."""
+    try:
+        await _agents(request).remove(name)
+        return Response(status_code=204)
+    except RolloutError as failure:
+        return _error(failure)
+
+
+@router.get("/{name}/v1/models", responses=openai_schemas.MODELS)
 async def list_models(request: Request, name: str) -> Response:
     """The one model of this address: the agent."""
-    registry = _registry(request)
+    agents = _agents(request)
     try:
-        agent = await registry.get(name)
+        agent = await agents.get(name)
     except RolloutError as failure:
         return _error(failure)
-    model = {"id": agent.name, "object": "model", "created": registry.created(name), "owned_by": "rollout-cluster"}
+    created = agents.registry.created(name)
+    model = {"id": agent.name, "object": "model", "created": created, "owned_by": "rollout-cluster"}
     return JSONResponse({"object": "list", "data": [model]})
 
 
-@router.post("/{name}/v1/chat/completions", openapi_extra=_CHAT)
+@router.post("/{name}/v1/chat/completions", openapi_extra=openai_schemas.ASK, responses=openai_schemas.CHAT)
 async def chat(request: Request, name: str) -> Response:
     """OpenAI's chat completion, played by the agent."""
     try:
-        agent = await _registry(request).get(name)
+        agent = await _agents(request).get(name)
         wanted = _json(await body.read(request))
     except RolloutError as failure:
         return _error(failure)
-    chunks = _Watched(request, _run(request, agent, wanted).chunks())
+    run = _run(request, agent, wanted)
     try:
         if isinstance(wanted, dict) and wanted.get("stream") is True:
-            # What fails before the first chunk still gets its own HTTP status.
-            first = await chunks.next()
-            options = wanted.get("stream_options") or {}
-            return _EventStream(chunks, first, with_usage=bool(options.get("include_usage")))
-        folded = Folded()
-        while (chunk := await chunks.next()) is not None:
-            folded.add(chunk)
-        return JSONResponse(folded.completion)
+            events = _events(run.chunks(), _with_usage(wanted))
+            # To its first chunk. What fails before that still gets its own HTTP status; and it is begun then, so that
+            # closing it runs its end.
+            await _while_there(request, anext(events))
+            return EventStream(events)
+        return JSONResponse(await _while_there(request, _whole(run.chunks())))
     except _Gone:
         return Response(status_code=CLIENT_GONE)
     except Exception as failure:
         return _error(failure)
 
 
+async def _new_agent(request: Request) -> NamedAgent:
+    try:
+        return await body.parse(request, NamedAgent)
+    except ValidationError as failure:
+        text, field = named_problems(failure.errors(include_url=False, include_context=False, include_input=False))
+        raise RefusedError(text, field) from None
+
+
 def _run(request: Request, agent: Agent, wanted: Any) -> AgentRun:
-    registry = _registry(request)
-    engine = request.app.state.chat_engine
-    return AgentRun(agent, wanted, engine=engine, held=registry.held, scopes=_scopes(request), mcp=registry.mcp)
+    registry = _agents(request).registry
+    engine = request.app.state.chat_engine or _NoEngine()
+    scopes = granted(_scopes(request), _caller(request), agent.owners)
+    return AgentRun(agent, wanted, engine=engine, held=registry.held, scopes=scopes, mcp=registry.mcp)
 
 
-def _registry(request: Request) -> AgentRegistry:
+def _agents(request: Request) -> ServedAgents:
     return request.app.state.agents
 
 
 def _scopes(request: Request) -> frozenset[str]:
     return frozenset(getattr(request.state, "scopes", ("all",)))
+
+
+def _caller(request: Request) -> str:
+    return getattr(request.state, "caller", "")
 
 
 def _json(content: bytes) -> Any:
@@ -110,92 +153,56 @@ def _json(content: bytes) -> Any:
         raise ApiError(f"the body is not JSON: {failure}") from None
 
 
-class _Watched:
-    """An agent's chunks, for as long as the client listens."""
+def _with_usage(wanted: dict[str, Any]) -> bool:
+    options = wanted.get("stream_options")
+    return isinstance(options, dict) and bool(options.get("include_usage"))
 
-    def __init__(self, request: Request, chunks: AsyncGenerator[Chunk, None]) -> None:
-        self._request = request
-        self._chunks = chunks
-        self._next: asyncio.Task[Chunk | None] | None = None
-        self._watcher: asyncio.Task[None] | None = None
 
-    async def next(self) -> Chunk | None:
-        """The next chunk; None at the end. Raises _Gone, and what the agent raises; all is closed then."""
-        while (chunk := await self.next_or_silence(None)) is SILENCE:
-            pass
-        return chunk
+async def _whole(chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
+    """The chat.completion of a stream."""
+    folded = Folded()
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            folded.add(chunk)
+    return folded.completion
 
-    async def next_or_silence(self, seconds: float | None) -> Chunk | None:
-        """As `next`, but SILENCE where there is no chunk within so many seconds."""
-        if self._watcher is None:
-            self._watcher = asyncio.ensure_future(_gone(self._request))
-        if self._next is None:
-            self._next = asyncio.ensure_future(_next(self._chunks))
-        both = {self._next, self._watcher}
+
+async def _events(chunks: AsyncGenerator[Chunk, None], with_usage: bool) -> AsyncGenerator[str, None]:
+    """A stream's events. First an empty one, when the first chunk is there; what fails before it is raised."""
+    async with aclosing(chunks):
+        chunk = await anext(chunks, None)
+        yield ""
         try:
-            await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if self._next.done():
-                task, self._next = self._next, None
-                chunk = task.result()
-                if chunk is None:
-                    await self.close()
-                return chunk
-            if self._watcher.done():
-                raise _Gone
-            return SILENCE
-        except BaseException:
-            await self.close()
-            raise
+            while chunk is not None:
+                if chunk["choices"] or with_usage:
+                    yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                chunk = await anext(chunks, None)
+        except Exception as failure:
+            yield f"data: {json.dumps(_told(failure)[1], ensure_ascii=False)}\n\n"
+        yield DONE
 
-    async def close(self) -> None:
-        """End the agent's request, whatever it is doing, and wait until it has cleaned up."""
-        tasks = [task for task in (self._watcher, self._next) if task is not None]
-        self._next = None
-        for task in tasks:
+
+async def _while_there(request: Request, work: Awaitable[T]) -> T:
+    """The result of work that is for this client alone. Raises _Gone, and ends the work, where it hangs up."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(request))
+    both: list[asyncio.Future[Any]] = [working, watching]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _Gone
+        return working.result()
+    finally:
+        for task in both:
             task.cancel()
-        # Their ends are of no interest any more; gathered, none is reported as never looked at.
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._chunks.aclose()
-
-
-async def _next(chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
-    return await anext(chunks, None)
+        # Shielded: a server that shuts down waits until the agent's request has cleaned up.
+        await asyncio.shield(asyncio.gather(*both, return_exceptions=True))
 
 
 async def _gone(request: Request) -> None:
     # Starlette has no event for it: a disconnect is a message that somebody must receive.
     while not await request.is_disconnected():
         await asyncio.sleep(GONE_POLL_S)
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events of one request; however sending ends, the request is ended too."""
-
-    def __init__(self, chunks: _Watched, first: Chunk | None, *, with_usage: bool) -> None:
-        super().__init__(_events(chunks, first, with_usage), media_type="text/event-stream")
-        self._agent_chunks = chunks
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            # Cancelled while it sends, the server leaves the generator suspended: only the collector would find it.
-            await asyncio.shield(asyncio.ensure_future(self._agent_chunks.close()))
-
-
-async def _events(chunks: _Watched, chunk: Chunk | None, with_usage: bool) -> AsyncIterator[str]:
-    try:
-        while chunk is not None:
-            if chunk is SILENCE:
-                yield ": keep-alive\n\n"
-            elif chunk["choices"] or with_usage:
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-            chunk = await chunks.next_or_silence(KEEP_ALIVE_S)
-    except _Gone:
-        return
-    except Exception as failure:
-        yield f"data: {json.dumps(_told(failure)[1], ensure_ascii=False)}\n\n"
-    yield "data: [DONE]\n\n"
 
 
 def _error(failure: Exception) -> JSONResponse:

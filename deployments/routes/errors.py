@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
+from rollout.access_paths import error_form
 from rollout.errors import ApiError, BusyError, RolloutError, TaskFileError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,9 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1.0
 # Problems named in one answer.
 MAX_PROBLEMS = 5
+# Characters of a path that a message repeats.
+MAX_PATH_CHARS = 200
+_KINDS = {404: "not_found", 405: "method_not_allowed"}
 
 
 def install(app: FastAPI) -> None:
@@ -45,6 +50,10 @@ def install(app: FastAPI) -> None:
     async def _invalid_body(_: Request, failure: ValidationError) -> JSONResponse:
         return _invalid(failure.errors(include_url=False, include_context=False, include_input=False))
 
+    @app.exception_handler(HTTPException)
+    async def _no_route(request: Request, failure: HTTPException) -> JSONResponse:
+        return _of_framework(request, failure)
+
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, failure: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=failure)
@@ -60,13 +69,31 @@ def answer(
     return JSONResponse({"error": {"type": kind, "message": message, "field": field}}, status, headers)
 
 
-def _invalid(problems: object) -> JSONResponse:
+def _of_framework(request: Request, failure: HTTPException) -> JSONResponse:
+    """What the framework refuses, such as a path that nothing is at, in the form that the path's clients read."""
+    kind = _KINDS.get(failure.status_code, "invalid")
+    message = f"{request.method} {request.url.path[:MAX_PATH_CHARS]}: {failure.detail}"
+    if error_form(request.url.path) == "openai":
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": kind}
+        return JSONResponse({"error": error}, failure.status_code, failure.headers)
+    response = answer(failure.status_code, kind, message)
+    response.headers.update(failure.headers or {})
+    return response
+
+
+def named_problems(problems: object) -> tuple[str, str | None]:
+    """Pydantic's problems as one text, and the first field of them."""
     assert isinstance(problems, list | tuple)
     named = [(_path(problem["loc"]), problem["msg"].removeprefix("Value error, ")) for problem in problems]
     text = "; ".join(f"{path}: {what}" if path else what for path, what in named[:MAX_PROBLEMS])
     if len(named) > MAX_PROBLEMS:
         text += f"; and {len(named) - MAX_PROBLEMS} more"
-    return answer(422, "invalid", text, named[0][0] or None)
+    return text, named[0][0] or None
+
+
+def _invalid(problems: object) -> JSONResponse:
+    text, field = named_problems(problems)
+    return answer(422, "invalid", text, field)
 
 
 def _path(location: tuple[object, ...]) -> str:

@@ -31,12 +31,35 @@ _TAKES: dict[str, Any] = {
         "content": {"application/json": {"schema": InferenceRequest.model_json_schema()}},
     }
 }
+_PROBLEMS: dict[str, Any] = {
+    "type": "object",
+    "required": ["errors"],
+    "properties": {
+        "errors": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["field", "constraint", "message"],
+                "properties": {
+                    "field": {"type": "string"},
+                    "constraint": {"type": "string"},
+                    "message": {"type": "string"},
+                    "value": {},
+                },
+            },
+        }
+    },
+}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
         "description": "`started`, `token` for every token, `end` or `error`, then `[DONE]`",
     },
-    400: {"description": "All that is wrong with the body: `errors`, with `field`, `constraint`, `message`, `value`"},
+    400: {
+        "description": "All that is wrong with the body",
+        "content": {"application/json": {"schema": _PROBLEMS}},
+    },
     503: {"description": "This gateway has no engine behind it"},
 }
 

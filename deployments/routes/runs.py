@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -16,10 +17,15 @@ from rollout.backend import Backend
 from rollout.errors import RolloutError
 from rollout.tasks import Task
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
 # An event stream without news says so, so that proxies keep it open.
 KEEP_ALIVE_S = 10.0
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "`run` at every change, then `[DONE]`"}
+}
 
 
 def _backend(request: Request) -> Backend:
@@ -58,7 +64,13 @@ async def get_run(
 @router.post("/{run}/tasks", openapi_extra=_takes(body.TaskList, also_lines=True))
 async def submit(request: Request, run: str) -> Submitted:
     """Queue tasks. Those that the run has already, word for word, are counted as duplicates."""
-    return await _backend(request).submit(run, await body.parse_tasks(request))
+    tasks = await body.parse_tasks(request)
+    submitted = await _backend(request).submit(run, tasks)
+    # The line that leads from a trajectory's task back to the request which brought it: tasks do not carry its id, as
+    # a repeated call with another id would not be the same task any more.
+    first, last = (tasks[0].task_id, tasks[-1].task_id) if tasks else ("", "")
+    logger.info("run %s got %d new tasks, from %r to %r", run, submitted.accepted, first, last, extra={"run": run})
+    return submitted
 
 
 @router.post("/{run}/pause")
@@ -85,7 +97,7 @@ async def forget(request: Request, run: str) -> None:
     await _backend(request).forget(run)
 
 
-@router.get("/{run}/events", response_class=StreamingResponse)
+@router.get("/{run}/events", response_class=StreamingResponse, responses=_EVENTS)
 async def events(request: Request, run: str) -> StreamingResponse:
     """Server-sent events: the run at every change, then `[DONE]` when it is finished."""
     backend = _backend(request)

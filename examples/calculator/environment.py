@@ -22,6 +22,7 @@ class Calculator(Environment):
         """`max_delay_s`: the tools wait up to this many seconds, as slow ones would."""
         self.tools = calculator_tools(max_delay_s)
 
-    async def reward(self, episode: Episode) -> float:
-        """1 if the last turn names exactly the expected numbers in order, else 0."""
-        return float(_NUMBER.findall(episode.answer) == episode.task.data["answers"])
+    async def reward(self, episode: Episode) -> float | None:
+        """1 if the last turn names exactly the expected numbers in order, else 0; not scored without them."""
+        expected = episode.task.data.get("answers")
+        return None if expected is None else float(_NUMBER.findall(episode.answer) == expected)

@@ -33,6 +33,9 @@ CaptureState = Literal["open", "rewarded", "closed"]
 METADATA_KEY = "capture"
 """What this room writes into a trajectory's metadata is under this key."""
 
+# Different correlation ids that are kept: those of the first calls.
+MAX_CORRELATION_IDS = 32
+MAX_CORRELATION_CHARS = 128
 # The record keeps rewards as float32; a larger number would be stored as infinite.
 MAX_REWARD = 3.4028234e38
 # A turn that its client cut off is a truncated one. It is not `cancelled`: that ending is never scored, and here the
@@ -294,9 +297,16 @@ class CaptureSession:
             "calls_that_sampled_nothing": len(self._calls) - len(placed),
             "calls_not_reported": len(self._in_flight) + self._lost,
             "calls_over_limits": self._refused,
+            "correlation_ids": self._correlation_ids(),
             "rewards_without_turn": {n: r for n, r in sorted(self._turn_rewards.items()) if n not in placed},
         }
         return {name: value for name, value in account.items() if value or name == "calls"}
+
+    def _correlation_ids(self) -> list[str]:
+        """Those of its calls in the order of time: they lead from a trajectory to the log lines of its requests."""
+        calls = sorted(self._calls.values(), key=lambda call: call.order)
+        ids = dict.fromkeys(call.correlation_id[:MAX_CORRELATION_CHARS] for call in calls if call.correlation_id)
+        return list(ids)[:MAX_CORRELATION_IDS]
 
     def _nothing_sampled(self) -> str:
         if not self._calls:
