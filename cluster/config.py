@@ -94,6 +94,9 @@ class EngineConfig(Section):
     """Ray's name of a GPU type, e.g. `H200`: replicas are placed on such nodes only."""
     start_seconds: float = Field(default=900.0, gt=0)
     """Deadline for all engines to be ready."""
+    start_attempts: int = Field(default=2, ge=1, le=100)
+    """So often an engine is started before the cluster counts as failed. A wrong model fails every time; a node that
+    was lost in between does not."""
     warmup: bool = True
     """Generate once on each replica before it counts as ready."""
     sticky_margin: int = Field(default=4, ge=0)

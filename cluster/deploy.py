@@ -214,6 +214,7 @@ def engine_spec(config: ClusterConfig, serving: ServingSpec | None) -> EngineSpe
         replicas=config.engine.replicas,
         accelerator_type=config.engine.accelerator_type,
         warmup=config.engine.warmup,
+        start_attempts=config.engine.start_attempts,
         controller=f"{config.name}/{CONTROLLER}",
         serving=serving,
         loading_board=config.name,

@@ -44,6 +44,8 @@ class EngineSpec:
     replicas: int = 1
     accelerator_type: str | None = None
     warmup: bool = True
+    start_attempts: int = START_ATTEMPTS
+    """So often an engine is started before it counts as failed."""
     controller: str | None = None
     """"namespace/name" of the actor that starting replicas ask for the current weights; None: those of the model."""
     serving: ServingSpec | None = None
@@ -91,7 +93,7 @@ def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
             "loading_board": spec.loading_board,
             "log_settings": spec.logging,
         },
-        override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": START_ATTEMPTS},
+        override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": spec.start_attempts},
     )
 
 

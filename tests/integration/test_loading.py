@@ -69,6 +69,7 @@ def cut(tmp_path: Path) -> tuple[Path, str]:
     config = yaml.safe_load(CONFIG.read_text())
     config |= {"name": "cut", "gateway": {"port": port}, "pythonpath": [str(ROOT)]}
     config["model"] = {"path": str(model)}
+    config["engine"]["start_attempts"] = 1
     # The keys are no part of this.
     del config["access"]
     path = tmp_path / "cut.yaml"
@@ -79,11 +80,10 @@ def cut(tmp_path: Path) -> tuple[Path, str]:
 def test_a_corrupt_checkpoint_is_an_error_to_everybody(cut: tuple[Path, str]):
     config, address = cut
 
-    def at_its_error(early: Subscriber) -> None:
-        # The second comes when the first has been told the end; another attempt may have begun by then.
-        early.join(UP_SECONDS)
+    def under_way(early: Subscriber) -> None:
+        early.any.wait(UP_SECONDS)
 
-    up = up_and_listen(config, address, "none", at_its_error)
+    up = up_and_listen(config, address, "none", under_way)
     for heard in (up.early, up.late):
         assert_in_order(heard)
         assert heard.stages[-1] == "error"

@@ -40,7 +40,7 @@ def test_the_categories_are_stable_and_different():
 
 
 def test_only_dead_infrastructure_is_worth_another_attempt():
-    assert {kind.__name__ for kind in CLASSES if kind.retryable} == {"EngineDied", "WorkerDied"}
+    assert {kind.__name__ for kind in CLASSES if kind.retryable} == {"EngineDied", "WorkerDied", "RemoteDied"}
 
 
 def test_engine_errors_are_caught_as_one():
