@@ -1,6 +1,6 @@
 # Every target sets up what it needs and does nothing twice.
 .DELETE_ON_ERROR:
-.PHONY: demo learn test lint bench clean help
+.PHONY: demo learn test test-slow lint bench clean help
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -43,7 +43,11 @@ learn: $(READY)  ## GRPO on two cores: the demo model learns to calculate, in ab
 	@$(PYTHON) -m examples.calculator.train $(ARGS)
 
 test: $(READY)  ## the whole test suite, real TP=2 engine included
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --ignore tests/integration $(ARGS)
+	@$(PYTHON) -m pytest tests/integration $(ARGS)
+
+test-slow: $(READY)  ## what `make test` leaves out: more clusters, deployed by Serve, cut checkpoints, killed ranks
+	@$(PYTHON) -m pytest -m slow tests/integration $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -57,7 +57,7 @@ def test_all_clusters_come_by_name_and_can_be_removed():
     assert [found.name for found in state.load_all()] == ["a", "c"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": "demo"}', '{"surprise": 1}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"name": "demo"}', '{"surprise": 1}', "\udcff"], ids=ascii)
 def test_a_file_that_is_not_ours_is_named(directory: Path, text: str):
     directory.mkdir()
     (directory / "demo.json").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -75,6 +75,7 @@ def test_a_killed_engine_replica(player, tasks, cluster):
     assert_nothing_lost(played, tasks)
 
 
+@pytest.mark.slow
 def test_a_killed_tensor_parallel_rank(player, tasks, cluster):
     """The replica lives on with a dead engine: its requests fail at once, and Serve replaces it."""
     played = play_with_a_kill(player, tasks, cluster, "VLLM::Worker")

@@ -77,6 +77,7 @@ def cut(tmp_path: Path) -> tuple[Path, str]:
     return path, f"http://127.0.0.1:{port}"
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_an_error_to_everybody(cut: tuple[Path, str]):
     config, address = cut
 

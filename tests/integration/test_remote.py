@@ -105,8 +105,8 @@ def test_a_foreign_server_plays_a_run_with_exact_tokens(http_client, player, tas
     assert all(reward in (0.0, 1.0) for reward in rewards) and 0 < sum(rewards) < 32
 
 
-def test_a_foreign_server_that_is_not_there_costs_its_own_run_alone(http_client, player, tasks):
-    rows, info = play(http_client, f"http://127.0.0.1:{free_port()}", "B", tasks[:2])
+def test_a_foreign_server_that_refuses_costs_its_own_run_alone(http_client, player, tasks, foreign):
+    rows, info = play(http_client, f"{foreign}/nowhere", "B", tasks[:2])
     assert {row["stop_reason"] for row in rows} == {"error"} and info.failures == 8
     assert all(row["error"] for row in rows)
     assert player.play(tasks[:2]).info.failures == 0
