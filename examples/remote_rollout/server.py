@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -338,12 +339,25 @@ class Mask:
 
 
 class Trainer:
-    """Calls one rollout's trainer. The client is shared, so that connections are."""
+    """Calls one rollout's trainer, on a connection of its own.
 
-    def __init__(self, http: httpx.AsyncClient, url: str, key: str | None) -> None:
-        self._http = http
+    One client for all would look through all of its connections at every call: with 256 rollouts that took the whole
+    process.
+    """
+
+    def __init__(self, tls: ssl.SSLContext, url: str, key: str | None) -> None:
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(CALL_SECONDS, connect=CONNECT_SECONDS),
+            verify=tls,  # made once: it takes longer than a call
+            follow_redirects=False,  # a redirect would lead around the list of callback hosts
+            trust_env=False,
+        )
         self._url = url
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._http.aclose()
 
     async def post(self, path: str, body: dict[str, Any], retries: int) -> dict[str, Any]:
         """The answer's JSON. 5xx, timeouts and broken connections are tried again, 4xx never. Raises Failure."""
@@ -537,12 +551,7 @@ class Service:
         self.completed = 0
         self._slots = asyncio.Semaphore(settings.max_running)
         self._known: dict[str, _Known] = {}
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(CALL_SECONDS, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=2 * settings.max_running),
-            follow_redirects=False,  # a redirect would lead around the list of callback hosts
-            trust_env=False,
-        )
+        self._tls = ssl.create_default_context()
 
     def begin(self, key: str, request: RolloutRequest | InitRequest) -> asyncio.Task[dict[str, Any]]:
         """Start a rollout, or find the one that is known by this key. Raises HTTPException."""
@@ -564,7 +573,7 @@ class Service:
 
     async def _run(self, request: RolloutRequest | InitRequest) -> dict[str, Any]:
         key = request.callback_api_key if isinstance(request, RolloutRequest) else request.api_key
-        trainer = Trainer(self._http, request.server_url, key)
+        trainer = Trainer(self._tls, request.server_url, key)
         rollout = Rollout(request, trainer, self.settings, self.template)
         try:
             try:
@@ -584,6 +593,7 @@ class Service:
         finally:
             self.active -= 1
             self.completed += 1
+            await trainer.close()
 
     async def close(self) -> None:
         """End what is running; every rollout still reports."""
@@ -592,7 +602,6 @@ class Service:
             task.cancel()
         if running:
             await asyncio.wait(running, timeout=SHUTDOWN_SECONDS)
-        await self._http.aclose()
 
     def health(self) -> dict[str, Any]:
         """For whoever watches."""
