@@ -8,6 +8,7 @@ What would break the record is not here: `n` (groups do that), `logprobs` (alway
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -84,6 +85,24 @@ class Sampling(BaseModel):
                 constraint["json"] = constraint.pop("json_schema")
             kwargs["structured_outputs"] = constraint
         return kwargs
+
+
+def turn_parameters(
+    sampling: Sampling, budget: int, *, stop_token_ids: Sequence[int], sample: str, turn: int
+) -> dict[str, Any]:
+    """Keyword arguments of vLLM's SamplingParams for one turn of at most `budget` tokens.
+
+    `stop_token_ids` end a turn of this model; `sample` names the sample within its run, for the turn's seed.
+    """
+    parameters = sampling.to_vllm()
+    parameters["max_tokens"] = budget
+    if parameters.get("min_tokens", 0) > budget:
+        parameters["min_tokens"] = budget
+    if not sampling.ignore_eos:
+        parameters["stop_token_ids"] = [*stop_token_ids, *sampling.stop_token_ids]
+    if sampling.seed is not None:
+        parameters["seed"] = turn_seed(sampling.seed, sample, turn)
+    return parameters
 
 
 def turn_seed(base: int, trajectory_key: str, turn: int) -> int:

@@ -17,8 +17,9 @@ from rollout.engine import Engine, Generation
 from rollout.errors import EngineDied, EngineRefused
 from rollout.ledger import Ledger, Segment
 from rollout.limits import Limits
+from rollout.next_prompt import characters, next_prompt
 from rollout.rendering import ChatRenderer, ParsedTurn
-from rollout.sampling import Sampling, turn_seed
+from rollout.sampling import Sampling, turn_parameters
 from rollout.session_model import ModelTurn
 from rollout.tasks import Message
 from rollout.trajectory import SessionKey, StopReason
@@ -50,7 +51,7 @@ class TokenModel:
     async def open(self, messages: Sequence[Message], specs: list[dict[str, Any]], limits: Limits) -> None:
         """Render the first prompt."""
         self._specs, self._limits = specs, limits
-        self._ledger.open(await self._chat.run(_characters(messages), lambda chat: chat.open(messages, specs)))
+        self._ledger.open(await self._chat.run(characters(messages), lambda chat: chat.open(messages, specs)))
 
     async def turn(self, index: int, messages: Sequence[Message], *, deadline: float) -> ModelTurn:
         """Sample, record, parse."""
@@ -76,33 +77,15 @@ class TokenModel:
         self, messages: Sequence[Message], new_messages: Sequence[Message], *, seconds: float
     ) -> StopReason | None:
         """Record the next prompt: as an extension of the context, else as a fork. An ending if it does not fit."""
-        segment = self._ledger.segments[-1]
-        span = segment.turns[-1]
-        completion = segment.response_ids[span.start :].tolist()
-        prompt_ids = (segment.prompt_ids + segment.response_ids[: span.start]).tolist()
-        fork_reason: str | None = None
-        prompt = await self._chat.run(
-            len(completion) + _characters(new_messages),
-            lambda chat: chat.extend(prompt_ids, completion, new_messages, self._specs),
-        )
-        if prompt is None:
-            fork_reason = f"{self._chat.name} does not extend this history"
-        elif not self._ledger.extends(prompt):
-            prompt, fork_reason = None, f"{self._chat.name} would change sampled tokens"
-        if prompt is None:
-            prompt = await self._chat.run(_characters(messages), lambda chat: chat.render(messages, self._specs))
-            if self._ledger.extends(prompt):
-                # The template itself left the past alone, token by token: that is as good as an extension.
-                fork_reason = None
-        if len(prompt) >= self._engine.max_model_len:
+        prompt = await next_prompt(self._chat, self._ledger, messages, new_messages, self._specs)
+        if len(prompt.ids) >= self._engine.max_model_len:
             return "length"
-        added = 0 if fork_reason else len(prompt) - len(prompt_ids) - len(completion)
-        if self._ledger.num_response_tokens + added >= self._limits.max_response_tokens:
+        if self._ledger.num_response_tokens + prompt.added >= self._limits.max_response_tokens:
             return "max_tokens"
-        if fork_reason:
-            self._ledger.open(prompt, fork_reason)
+        if prompt.fork_reason is not None:
+            self._ledger.open(prompt.ids, prompt.fork_reason)
         else:
-            self._ledger.observe(prompt, role=new_messages[0]["role"], seconds=seconds)
+            self._ledger.observe(prompt.ids, role=new_messages[0]["role"], seconds=seconds)
         return None
 
     async def _generate(self, index: int, budget: int, deadline: float) -> Generation:
@@ -132,21 +115,13 @@ class TokenModel:
         return generation
 
     def _turn_sampling(self, index: int, budget: int) -> dict[str, Any]:
-        sampling = self._sampling.to_vllm()
-        sampling["max_tokens"] = budget
-        if sampling.get("min_tokens", 0) > budget:
-            sampling["min_tokens"] = budget
-        if not self._sampling.ignore_eos:
-            sampling["stop_token_ids"] = [*self._chat.stop_token_ids, *self._sampling.stop_token_ids]
-        if self._sampling.seed is not None:
-            key = f"{self._key.task_id}/{self._key.sample_index}"
-            sampling["seed"] = turn_seed(self._sampling.seed, key, index)
-        return sampling
+        return turn_parameters(
+            self._sampling,
+            budget,
+            stop_token_ids=self._chat.stop_token_ids,
+            sample=f"{self._key.task_id}/{self._key.sample_index}",
+            turn=index,
+        )
 
     async def _parse(self, index: int, prompt: list[int], completion: list[int]) -> ParsedTurn:
         return await self._chat.run(len(completion), lambda chat: chat.parse(completion, prompt, self._specs, index))
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    """Roughly what there is to encode: decides whether it is done off the event loop."""
-    return sum(len(str(message.get("content"))) for message in messages)

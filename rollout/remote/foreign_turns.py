@@ -13,7 +13,6 @@ import time
 import uuid
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rollout.engine import Engine, Generation
@@ -21,11 +20,12 @@ from rollout.environment import Turn
 from rollout.errors import EngineDied, LedgerError, RefusedError, RenderError
 from rollout.ledger import IDS, Ledger, Segment
 from rollout.limits import Limits
+from rollout.next_prompt import NextPrompt, characters, next_prompt
 from rollout.remote.history import added_messages, plain_content
 from rollout.remote.mask import MaskHints, check_mask
 from rollout.remote.wire import Choice, CompletionRequest, CompletionResponse, Usage
 from rollout.rendering import OFFLOAD_SIZE, ChatRenderer, ParsedTurn
-from rollout.sampling import Sampling, turn_seed
+from rollout.sampling import Sampling, turn_parameters
 from rollout.tasks import Message
 from rollout.tool_calls import ToolCallRecord
 from rollout.trajectory import SessionKey, StopReason
@@ -124,48 +124,29 @@ class ForeignTurns:
         self._answered_at = time.perf_counter()
         return _response(request, prompt.ids, generation, message)
 
-    async def _prompt(self, conversation: list[Message], new: list[Message], tools: list[dict[str, Any]]) -> _Prompt:
+    async def _prompt(
+        self, conversation: list[Message], new: list[Message], tools: list[dict[str, Any]]
+    ) -> NextPrompt:
         try:
             if not self.turns:
-                ids = await self._chat.run(_characters(new), lambda chat: chat.open(new, tools))
-                return _Prompt(ids, 0)
-            segment = self._ledger.segments[-1]
-            start = segment.turns[-1].start
-            completion = segment.response_ids[start:].tolist()
-            before = (segment.prompt_ids + segment.response_ids[:start]).tolist()
-            context = len(before) + len(completion)
-            if self._masked:
-                # Whoever counts for a mask renders the history; wherever that leaves the past alone, it is the
-                # prompt. The two differ where a turn was cut (harmony: a call without its end token).
-                ids = await self._chat.run(_characters(conversation), lambda chat: chat.render(conversation, tools))
-                if self._ledger.extends(ids):
-                    return _Prompt(ids, len(ids) - context)
-            extended = await self._chat.run(
-                len(completion) + _characters(new), lambda chat: chat.extend(before, completion, new, tools)
+                return NextPrompt(await self._chat.run(characters(new), lambda chat: chat.open(new, tools)), 0)
+            prompt = await next_prompt(
+                self._chat, self._ledger, conversation, new, tools, template_first=self._masked
             )
-            if extended is not None and self._ledger.extends(extended):
-                return _Prompt(extended, len(extended) - context)
-            ids = await self._chat.run(_characters(conversation), lambda chat: chat.render(conversation, tools))
         except RenderError as failure:
             raise TurnRefused(str(failure), "error", "messages") from None
-        if self._ledger.extends(ids):
-            # The template itself left the past alone, token by token: that is as good as an extension.
-            return _Prompt(ids, len(ids) - context)
-        reason = f"{self._chat.name} does not extend this history"
-        if extended is not None:
-            reason = f"{self._chat.name} would change sampled tokens"
-        if self._masked:
+        if self._masked and prompt.fork_reason is not None:
             # A mask speaks of one unbroken context, and there is none any more.
             raise TurnRefused(
-                f"{reason}: the new prompt does not begin with what was sampled before, so that no response_mask "
-                "describes it. Does the chat template rewrite the past, as those do that drop thinking? Use "
-                "generation B, or model.renderer_options that keep it",
+                f"{prompt.fork_reason}: the new prompt does not begin with what was sampled before, so that no "
+                "response_mask describes it. Does the chat template rewrite the past, as those without thinking do? "
+                "Use generation B, or model.renderer_options that keep it",
                 "error",
                 "messages",
             )
-        return _Prompt(ids, 0, reason)
+        return prompt
 
-    def _check_mask(self, request: CompletionRequest, prompt: _Prompt, new: list[Message]) -> None:
+    def _check_mask(self, request: CompletionRequest, prompt: NextPrompt, new: list[Message]) -> None:
         if not self._masked and request.response_mask is None:
             return
         first = not self.turns
@@ -191,7 +172,7 @@ class ForeignTurns:
             end_of_turn_sampled=bool(answer) and answer[-1] in self._chat.stop_token_ids,
         )
 
-    def _check_room(self, prompt: _Prompt) -> int:
+    def _check_room(self, prompt: NextPrompt) -> int:
         """Tokens that limits.max_response_tokens leaves for the answer."""
         window = self._engine.max_model_len
         if len(prompt.ids) >= window:
@@ -234,10 +215,13 @@ class ForeignTurns:
         return generation, left < min(wanted, room)
 
     def _turn_sampling(self, request: CompletionRequest, budget: int) -> dict[str, Any]:
-        sampling = self._sampling.to_vllm()
-        sampling["max_tokens"] = budget
-        if sampling.get("min_tokens", 0) > budget:
-            sampling["min_tokens"] = budget
+        sampling = turn_parameters(
+            self._sampling,
+            budget,
+            stop_token_ids=self._chat.stop_token_ids,
+            sample=f"{self._key.task_id}/{self._key.sample_index}",
+            turn=len(self.turns),
+        )
         for name in ("temperature", "top_p"):
             if name in request.model_fields_set and (asked := getattr(request, name)) != getattr(
                 self._sampling, name
@@ -246,11 +230,6 @@ class ForeignTurns:
         # A rollout server may end turns earlier than the run does, not later.
         if extra := [text for text in request.stop or [] if text]:
             sampling["stop"] = list(dict.fromkeys([*self._sampling.stop, *extra]))
-        if not self._sampling.ignore_eos:
-            sampling["stop_token_ids"] = [*self._chat.stop_token_ids, *self._sampling.stop_token_ids]
-        if self._sampling.seed is not None:
-            key = f"{self._key.task_id}/{self._key.sample_index}"
-            sampling["seed"] = turn_seed(self._sampling.seed, key, len(self.turns))
         return sampling
 
     async def _parse(self, prompt: list[int], completion: list[int], tools: list[dict[str, Any]]) -> ParsedTurn:
@@ -260,7 +239,7 @@ class ForeignTurns:
         except RenderError as failure:
             raise TurnRefused(str(failure), "error") from None
 
-    def _record(self, prompt: _Prompt, new: list[Message], generation: Generation, arrived: float) -> None:
+    def _record(self, prompt: NextPrompt, new: list[Message], generation: Generation, arrived: float) -> None:
         try:
             if not self.turns or prompt.fork_reason is not None:
                 self._ledger.open(prompt.ids, prompt.fork_reason)
@@ -305,15 +284,6 @@ class ForeignTurns:
             self.turns[-1].tool_calls.append(record)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    ids: list[int]
-    added: int
-    """Tokens between the context so far and the end; 0 for the first prompt of a segment."""
-    fork_reason: str | None = None
-    """Why it begins a new segment; None: it extends the context, or is the first."""
-
-
 def _response(
     request: CompletionRequest, prompt: list[int], generation: Generation, message: Message
 ) -> CompletionResponse:
@@ -341,8 +311,3 @@ def openai_message(message: Message) -> Message:
         text = given if isinstance(given, str) else json.dumps({} if given is None else given, ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": text}})
     return {**message, "tool_calls": calls} if calls else dict(message)
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    """Roughly what there is to encode: decides whether it is done off the event loop."""
-    return sum(len(str(message.get("content"))) for message in messages)

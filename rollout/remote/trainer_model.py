@@ -21,6 +21,7 @@ from rollout.engine import VersionSpan
 from rollout.errors import LedgerError, RenderError
 from rollout.ledger import IDS, LOGPROBS, Ledger, Segment, first_difference
 from rollout.limits import Limits
+from rollout.next_prompt import NextPrompt, characters, next_prompt
 from rollout.remote.failures import RemoteFailure
 from rollout.remote.mask import MaskBook
 from rollout.remote.order import RolloutOrder
@@ -96,13 +97,11 @@ class TrainerModel:
         except RemoteFailure as failure:
             self.failure = failure
             raise
-        segment = self._ledger.segments[-1]
-        added = len(prompt) - len(segment.prompt_ids) - len(segment.response_ids)
-        if self._used + added >= self._order.max_tokens_total:
+        if self._used + prompt.added >= self._order.max_tokens_total:
             return "max_tokens"
-        self._mask = self._masks.prompt(prompt)
-        self._ledger.observe(prompt, role=new_messages[0]["role"], seconds=seconds)
-        self._expected, self._used = prompt, self._used + added
+        self._mask = self._masks.prompt(prompt.ids)
+        self._ledger.observe(prompt.ids, role=new_messages[0]["role"], seconds=seconds)
+        self._expected, self._used = prompt.ids, self._used + prompt.added
         return None
 
     async def _turn(self, index: int, messages: Sequence[Message], deadline: float) -> ModelTurn:
@@ -222,23 +221,13 @@ class TrainerModel:
         self._masks.prompt(prompt)
         self._ledger.open(prompt)
 
-    async def _next_prompt(self, messages: Sequence[Message], new_messages: Sequence[Message]) -> list[int]:
+    async def _next_prompt(self, messages: Sequence[Message], new_messages: Sequence[Message]) -> NextPrompt:
         """The prompt that follows, as the trainer will come to it. Never from text that was sampled."""
-        segment = self._ledger.segments[-1]
-        span = segment.turns[-1]
-        before = (segment.prompt_ids + segment.response_ids[: span.start]).tolist()
-        sampled = segment.response_ids[span.start :].tolist()
-        specs = self._template_specs
-        rendered = await self._run(messages, lambda chat: chat.render(messages, specs))
-        if self._ledger.extends(rendered):
-            # The protocol's own formula, and it left the past alone.
-            return rendered
-        extended = await self._chat.run(
-            len(sampled) + _characters(new_messages),
-            lambda chat: chat.extend(before, sampled, new_messages, specs),
+        prompt = await next_prompt(
+            self._chat, self._ledger, messages, new_messages, self._template_specs, template_first=True
         )
-        if extended is not None and self._ledger.extends(extended):
-            return extended
+        if prompt.fork_reason is None:
+            return prompt
         raise RemoteFailure(
             "tokenizer_error",
             "the chat template changes tokens of the past when the history grows, so no mask can describe what was "
@@ -293,7 +282,7 @@ class TrainerModel:
         return await self._chat.run(len(sampled), lambda chat: chat.parse(sampled, prompt, specs, index))
 
     async def _run(self, messages: Sequence[Message], work: Any) -> list[int]:
-        return await self._chat.run(_characters(messages), work)
+        return await self._chat.run(characters(messages), work)
 
 
 def given_calls(turn: int, calls: Any) -> list[ToolCall]:
@@ -330,8 +319,3 @@ def _text(content: Any) -> str:
         return content
     parts = content if isinstance(content, list) else []
     return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
-
-
-def _characters(messages: Sequence[Message]) -> int:
-    """Roughly what there is to encode: decides whether it is done off the event loop."""
-    return sum(len(str(message.get("content"))) for message in messages)
