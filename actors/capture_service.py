@@ -15,7 +15,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from actors import journal_records as records
@@ -25,7 +26,7 @@ from actors.run_store import CAPTURED, Run, RunStore
 from rollout.api import CapturedSession, OpenedSession
 from rollout.capture.calls import CapturedCall
 from rollout.capture.session_book import CaptureLimits, CaptureSession
-from rollout.errors import ApiError, BusyError, ConflictError, NotFoundError, RefusedError, RolloutError
+from rollout.errors import ApiError, BusyError, ConflictError, NotFoundError, RefusedError
 from rollout.reasoning import ReasoningMarkers
 from rollout.session_keys import session_key
 from rollout.tasks import Task
@@ -49,7 +50,7 @@ class _Open:
     book: CaptureSession
     run: str
     settled: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when its trajectory is in the journal."""
+    """Set when its trajectory is in the journal, or could not be brought there."""
     closing: bool = False
 
 
@@ -135,18 +136,20 @@ class CaptureService:
 
     async def close(self, session_id: str, *, cancel: bool = False) -> CapturedSession:
         """Make the session's trajectory and hand it to its run. May be repeated. `cancel`: it counts as cancelled."""
-        if (known := self._closed.get(session_id)) is not None:
-            return known
-        opened = self._get(session_id)
-        if opened.closing:
+        while (known := self._closed.get(session_id)) is None:
+            opened = self._get(session_id)
+            if not opened.closing:
+                break
+            # Somebody else's call; where that fails, this one tries.
             await opened.settled.wait()
-            return self.info(session_id)
-        opened.closing = True
-        if not cancel:
-            await self._settle(opened)
-        now = self._clock()
-        trajectory = opened.book.cancel(now, "it was cancelled") if cancel else opened.book.close(now)
-        return await self._deliver(session_id, opened, trajectory)
+        else:
+            return known
+        with _closing(opened):
+            if not cancel:
+                await self._settle(opened)
+            now = self._clock()
+            trajectory = opened.book.cancel(now, "it was cancelled") if cancel else opened.book.close(now)
+            return await self._deliver(session_id, opened, trajectory)
 
     def info(self, session_id: str) -> CapturedSession:
         """A session at this moment."""
@@ -164,26 +167,27 @@ class CaptureService:
         for session_id, opened in list(self._sessions.items()):
             if opened.closing:
                 continue
-            run = self._store.runs.get(opened.run)
-            if run is None:
-                del self._sessions[session_id]
-            elif run.state == "cancelled":
-                opened.closing = True
-                await self._deliver(session_id, opened, opened.book.cancel(now, "its run was cancelled"))
-            elif (trajectory := opened.book.expire(now)) is not None:
-                opened.closing = True
-                await self._deliver(session_id, opened, trajectory)
+            try:
+                with _closing(opened):
+                    await self._expire(session_id, opened, now)
+            except Exception as failure:
+                # It must not keep the others from their end.
+                logger.warning("session %s could not be ended, it is tried again: %r", session_id, failure)
+
+    async def _expire(self, session_id: str, opened: _Open, now: float) -> None:
+        run = self._store.runs.get(opened.run)
+        if run is None:
+            del self._sessions[session_id]
+        elif run.state == "cancelled":
+            await self._deliver(session_id, opened, opened.book.cancel(now, "its run was cancelled"))
+        elif (trajectory := opened.book.trajectory or opened.book.expire(now)) is not None:
+            # One that had ended before could not be written then.
+            await self._deliver(session_id, opened, trajectory)
 
     async def _deliver(self, session_id: str, opened: _Open, trajectory: Trajectory) -> CapturedSession:
-        try:
-            if self._store.runs.get(opened.run) is not None:
-                rows, summaries = await asyncio.to_thread(to_rows, [trajectory], self.markers)
-                await self._store.put(summaries, rows)
-        except RolloutError:
-            opened.closing = False
-            raise
-        finally:
-            opened.settled.set()
+        if self._store.runs.get(opened.run) is not None:
+            rows, summaries = await asyncio.to_thread(to_rows, [trajectory], self.markers)
+            await self._store.put(summaries, rows)
         told = _told(session_id, opened.book)
         self._sessions.pop(session_id, None)
         self._closed[session_id] = told
@@ -226,6 +230,18 @@ class CaptureService:
             "open another for the same task",
             "session",
         )
+
+
+@contextmanager
+def _closing(opened: _Open) -> Iterator[None]:
+    """One call at a time closes a session. Whatever befalls it, those that wait for it go on."""
+    opened.closing = True
+    opened.settled.clear()
+    try:
+        yield
+    finally:
+        opened.closing = False
+        opened.settled.set()
 
 
 def _latest(run: Run, task_id: str) -> Group | None:

@@ -428,5 +428,9 @@ class Controller:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_S)
-            self._delivery.expire(time.time())
-            await self._capture.expire()
+            try:
+                self._delivery.expire(time.time())
+                await self._capture.expire()
+            except Exception:
+                # Whatever it was, leases of trainers that died must come back.
+                logger.exception("what is overdue could not be ended; it is tried again")

@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 
-from actors.front_config import FrontSettings, Slots, config_text
+from actors.front_config import SLOTS, FrontSettings, Slots, config_text
 from rollout import logs
 from rollout.errors import RolloutError
 
@@ -45,11 +45,15 @@ _PRCTL = ctypes.CDLL(None).prctl
 class Front:
     """A Ray actor on the node of the address, detached, named "front"; started again when it dies."""
 
-    def __init__(self, settings: FrontSettings, controller: str) -> None:
-        """`controller`: name of the actor that knows the engines, in this actor's namespace."""
+    def __init__(self, settings: FrontSettings, controller: str, namespace: str | None = None) -> None:
+        """`controller`: name of the actor that knows the engines, in `namespace`; None: in this actor's own.
+
+        What Ray Serve starts belongs to Serve's namespace, in which a bare name would be looked up.
+        """
         logs.install(settings.logging, "front")
         self._settings = settings
         self._controller = controller
+        self._namespace = namespace
         self._slots = Slots()
         # Whether HAProxy knows what the slots say. A command that failed may have been done or not.
         self._in_step = True
@@ -127,9 +131,11 @@ class Front:
             await asyncio.sleep(ASK_S)
 
     async def _ask(self) -> list[str]:
-        handle: Any = ray.get_actor(self._controller)
+        handle: Any = ray.get_actor(self._controller, self._namespace)
         async with asyncio.timeout(ASK_TIMEOUT_S):
-            return await handle.serving.remote()
+            found: list[str] = await handle.serving.remote()
+        # A fleet may have more engines than HAProxy has places. Rollouts use them all; HTTP these.
+        return sorted(found)[:SLOTS]
 
     async def _tell(self, commands: list[str]) -> None:
         if not commands:

@@ -111,10 +111,9 @@ class Supervisor:
         import ray
 
         from actors.controller import Controller
-        from actors.front import make_folder
+        from actors.front import Front, make_folder
         from actors.loading_board import OPTIONS as BOARD_OPTIONS
         from actors.loading_board import LoadingBoard
-        from deployments.serve_front import ServeFront
 
         spec = self._spec
         await self._until_names_are_free()
@@ -132,7 +131,7 @@ class Supervisor:
         if spec.front is not None:
             settings = replace(spec.front, folder=make_folder())
             options = {**common, "name": FRONT}
-            self._front = ray.remote(ServeFront).options(**options).remote(settings, CONTROLLER, spec.cluster)
+            self._front = ray.remote(Front).options(**options).remote(settings, CONTROLLER, spec.cluster)
             self._started.append(self._front)
             # Before the engines are there: who waits for them hears how far they are.
             await _answer(self._front.start.remote(), FRONT_SECONDS, "the front did not start")

@@ -13,7 +13,7 @@ from actors import capture_service
 from actors.capture_service import CaptureService
 from rollout.api import Batch, EnvironmentRef, LeaseRequest, RunRequest
 from rollout.capture.session_book import CaptureLimits
-from rollout.errors import BusyError, ConflictError, NotFoundError, RefusedError
+from rollout.errors import BusyError, ConflictError, JournalError, NotFoundError, RefusedError
 from rollout.reasoning import ReasoningMarkers
 from rollout.session_keys import session_of
 from rollout.tasks import Task
@@ -145,6 +145,44 @@ async def test_closing_waits_for_calls_that_are_being_reported(captured: Capture
     told = await closing
     assert (told.tokens, told.calls) == (2, ["slow"])
     assert await again == told == await captured.capture.close(opened.session_id), "it is closed once"
+
+
+async def test_a_close_that_fails_leaves_the_session_to_the_next(captured: Captured, monkeypatch: pytest.MonkeyPatch):
+    await captured.run(group_size=1)
+    opened = await captured.capture.open("r", TASK, None)
+    await captured.played(opened.session_id, made([1], [2]))
+    real, failures = captured.service.store.put, [JournalError("the disk is full")]
+
+    async def put(*arguments: Any) -> None:
+        await asyncio.sleep(0.02)
+        if failures:
+            raise failures.pop()
+        await real(*arguments)
+
+    monkeypatch.setattr(captured.service.store, "put", put)
+    calls = [captured.capture.close(opened.session_id) for _ in range(3)]
+    async with asyncio.timeout(5):
+        failed, told, same = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(failed, JournalError) and told == same
+    assert (await captured.lease())[0]["reward"] is None
+
+
+async def test_a_session_that_cannot_be_ended_harms_no_other(captured: Captured, monkeypatch: pytest.MonkeyPatch):
+    await captured.run(group_size=2)
+    opened = [await captured.capture.open("r", TASK, None) for _ in range(2)]
+    real, failures = captured.service.store.put, [JournalError("the disk is full")]
+
+    async def put(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await real(*arguments)
+
+    monkeypatch.setattr(captured.service.store, "put", put)
+    captured.clock.now += 1e6
+    await captured.capture.expire()
+    assert [captured.capture.info(one.session_id).state == "open" for one in opened] == [False, False]
+    await captured.capture.expire()
+    assert len(await captured.lease()) == 2
 
 
 async def test_a_report_that_never_comes_is_waited_for_in_bounds(captured: Captured, monkeypatch: pytest.MonkeyPatch):

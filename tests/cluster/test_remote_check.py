@@ -7,13 +7,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from cluster.remote_probe import Outcome, Target, check_server
 from cluster.remote_trainer import ScriptedTrainer, Voice
@@ -24,6 +21,7 @@ from rollout.remote.conformance_plan import SCENARIOS, bad_bodies, example_call
 from rollout.rendering import ChatRenderer, load_renderer
 from tests.remote_peers.chatml import ChatMl
 from tests.remote_peers.server import FAULTS, PeerServer
+from tests.serving import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "calculator" / "model"
@@ -37,21 +35,6 @@ def chat() -> ChatRenderer:
 @pytest.fixture(scope="module")
 def chatml() -> ChatMl:
     return ChatMl.of_file(str(MODEL / "tokenizer.json"))
-
-
-@asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
-    """An ASGI application on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    task = asyncio.create_task(server.serve())
-    try:
-        async with asyncio.timeout(30):
-            while not server.started:
-                await asyncio.sleep(0.02)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 def found(outcome: Outcome) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 
 from actors.agent_book import AgentBook
@@ -26,6 +25,7 @@ from rollout.tools import tool
 from tests.actors.service import Service
 from tests.deployments.test_agents import Keeper
 from tests.rollout.agents.scripted_chat import USER, ScriptedChatEngine, agent, ask, client_tool, delta, say
+from tests.serving import serving
 
 CHAT = "/agents/adder/v1/chat/completions"
 FIVE = ("add", '{"a": 2, "b": 3}')
@@ -218,25 +218,11 @@ async def test_a_silent_stream_is_kept_open(monkeypatch: pytest.MonkeyPatch):
 # A client that hangs up, over a real server
 
 
-@asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-    running = asyncio.ensure_future(server.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not server.started:
-                await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await running
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_hangs_up_ends_the_engines_call(stream: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(agents, "GONE_POLL_S", 0.05)
     engine = ScriptedChatEngine([delta(content="x"), 60.0])
-    async with served(application(engine)) as url, httpx.AsyncClient(base_url=url) as http:
+    async with serving(application(engine), lifespan="off") as url, httpx.AsyncClient(base_url=url) as http:
         asking = asyncio.ensure_future(_listen(http, body(stream=stream)))
         await asyncio.wait_for(engine.waiting.wait(), 10)
         asking.cancel()
@@ -268,7 +254,7 @@ async def test_a_client_that_hangs_up_ends_the_tools(monkeypatch: pytest.MonkeyP
             closed.set()
 
     app = application(ScriptedChatEngine(ask(("hang", "{}"))), environment=Hanging)
-    async with served(app) as url, httpx.AsyncClient(base_url=url) as http:
+    async with serving(app, lifespan="off") as url, httpx.AsyncClient(base_url=url) as http:
         asking = asyncio.ensure_future(_listen(http, body(stream=True)))
         await asyncio.wait_for(begun.wait(), 10)
         asking.cancel()
@@ -329,7 +315,7 @@ async def test_openais_own_client_plays_a_mixed_turn():
         *turns, [ChatEngineError(502, "broken")], [delta(content="x"), ChatEngineError(502, "cut")]
     )
     async with (
-        served(application(engine)) as url,
+        serving(application(engine), lifespan="off") as url,
         openai.AsyncOpenAI(base_url=f"{url}/agents/adder/v1", api_key="none", max_retries=0) as made,
     ):
         assert [model.id async for model in made.models.list()] == ["adder"]

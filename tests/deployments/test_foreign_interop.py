@@ -8,12 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import uvicorn
 
 from actors.foreign_rollouts import ForeignRollouts
 from actors.messages import ForeignSettings, RunSpec, WorkerSettings
 from actors.scheduler import Assignment
-from cluster.ports import free_ports
 from deployments.gateway import make_app
 from rollout.access import AccessSettings
 from rollout.errors import EngineDied
@@ -29,6 +27,7 @@ from tests.conftest import MODEL
 from tests.remote_peers.chatml import ChatMl
 from tests.remote_peers.server import PeerServer
 from tests.rollout.sessions import IM_END, call, say
+from tests.serving import serving
 
 SECRET = b"cluster" * 5
 MULTIPLY = call("multiply", '{"a": 6, "b": 7}')
@@ -76,18 +75,12 @@ class Cluster:
 
 @pytest.fixture
 async def cluster(chat) -> AsyncIterator[Cluster]:
-    (port,) = free_ports(1)
     calls = Direct()
     app = make_app(lambda: None, 2**20, AccessSettings(session_secret=SECRET), remote=calls)  # type: ignore[arg-type,return-value]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    made = Cluster(chat, f"http://127.0.0.1:{port}", calls)
-    yield made
-    await made.rollouts.close()
-    server.should_exit = True
-    await serving
+    async with serving(app, lifespan="off") as address:
+        made = Cluster(chat, address, calls)
+        yield made
+        await made.rollouts.close()
 
 
 @asynccontextmanager

@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from deployments.completions import HttpCompletions
 from deployments.routes import errors, event_stream, inference
 from tests.rollout.test_inference import ScriptedCompletions, chunk
+from tests.serving import serving
 
 ASKED = {"job_id": "job-1", "prompt": "Once", "max_tokens": 8}
 ID = "0b8f0d3e-6c1f-4c55-9d43-2f2a8b9a0c11"
@@ -173,20 +173,6 @@ async def test_a_silent_stream_is_kept_open(monkeypatch: pytest.MonkeyPatch):
 # Over real servers: the engine's application, HTTP between, ours, HTTP, a client
 
 
-@asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-    running = asyncio.ensure_future(server.serve())
-    try:
-        async with asyncio.timeout(20):
-            while not server.started:
-                await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await running
-
-
 class FakeVllm:
     """A TEST DOUBLE of vLLM's server: chunks as they are put in; `gone` is set when its client goes away."""
 
@@ -210,9 +196,12 @@ class FakeVllm:
 
 @asynccontextmanager
 async def both(engine: FakeVllm) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(engine.app) as engine_url:
+    async with serving(engine.app, lifespan="off") as engine_url:
         completions = HttpCompletions(engine_url, "qwen")
-        async with served(application(completions)) as url, httpx.AsyncClient(base_url=url, timeout=20) as http:
+        async with (
+            serving(application(completions), lifespan="off") as url,
+            httpx.AsyncClient(base_url=url, timeout=20) as http,
+        ):
             yield http
         await completions.close()
 

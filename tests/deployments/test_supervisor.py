@@ -105,8 +105,8 @@ async def test_it_starts_everything_on_the_head_and_waits_for_the_engines_last(f
     assert fake.said == [
         "LoadingBoard",
         "Controller",
-        "ServeFront",
-        "ServeFront.start",
+        "Front",
+        "Front.start",
         "Controller.spawn_workers",
         "Controller.connect",
     ]
@@ -118,7 +118,7 @@ async def test_it_starts_everything_on_the_head_and_waits_for_the_engines_last(f
     assert fake.options["Controller"]["max_concurrency"] == supervisor.CALLS
     assert fake.options["LoadingBoard"]["max_concurrency"] > 1000
     assert fake.arguments["LoadingBoard"] == (2,) and fake.arguments["Controller"] == (SETTINGS,)
-    settings, controller, namespace = fake.arguments["ServeFront"]
+    settings, controller, namespace = fake.arguments["Front"]
     assert (settings.folder, settings.gateway, controller, namespace) == (
         "/tmp/folder",
         "127.0.0.1:8000",
@@ -130,7 +130,7 @@ async def test_it_starts_everything_on_the_head_and_waits_for_the_engines_last(f
 
 async def test_without_a_gateway_there_is_no_front(fake: FakeRay):
     made = await started(None)
-    assert "ServeFront" not in fake.said
+    assert "Front" not in fake.said
     await ended(made)
 
 
@@ -145,7 +145,7 @@ async def test_a_failure_inside_rays_wrapping_is_unwrapped(fake: FakeRay):
     class Wrapped(Exception):
         cause = RolloutError("the front cannot listen at 127.0.0.1:8800; is the port taken?")
 
-    fake.answers["ServeFront.start"] = Wrapped("a long stack")
+    fake.answers["Front.start"] = Wrapped("a long stack")
     with pytest.raises(RolloutError, match="is the port taken"):
         await started()
     assert fake.alive == {}
@@ -153,7 +153,7 @@ async def test_a_failure_inside_rays_wrapping_is_unwrapped(fake: FakeRay):
 
 async def test_a_start_that_hangs_ends_in_time(fake: FakeRay, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(supervisor, "FRONT_SECONDS", 0.05)
-    fake.answers["ServeFront.start"] = "silence"
+    fake.answers["Front.start"] = "silence"
     with pytest.raises(UnavailableError, match=r"the front did not start within 0\.05 s"):
         await started()
     assert fake.alive == {}
@@ -210,15 +210,15 @@ async def test_the_end_is_orderly_and_never_hangs(fake: FakeRay, monkeypatch: py
     monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.05)
     made = await started()
     fake.said.clear()
-    fake.answers["ServeFront.stop"] = "silence"
+    fake.answers["Front.stop"] = "silence"
     fake.answers["Controller.stop"] = RuntimeError("it is gone")
     await made.close()
     assert fake.said == [
-        "ServeFront.stop",
+        "Front.stop",
         "Controller.stop",
         "kill LoadingBoard",
         "kill Controller",
-        "kill ServeFront",
+        "kill Front",
     ]
     await made.close()
     assert fake.alive == {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx
 import pytest
 from aiohttp import web
 
+from cluster.ports import free_ports
 from rollout import Batch, Task
 from tests.conftest import ROOT
 from tests.integration.test_deaths import processes_called
@@ -33,16 +33,10 @@ SCRIPT = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def foreign() -> Iterator[str]:
     """The example's rollout server, in a process of its own."""
-    port = free_port()
+    (port,) = free_ports(1)
     server = subprocess.Popen(
         [
             *(sys.executable, ROOT / "examples" / "remote_rollout" / "server.py"),

@@ -290,7 +290,7 @@ def test_the_address_speaks_openais_protocol_and_asks_for_keys(deployed: Deploye
 
 def test_nothing_outlives_the_applications(deployed: Deployed):
     """The last test: controller, session workers and front end with what started them."""
-    ours = ("SessionWorker", "ray::Controller", "LoadingBoard", "ServeFront", "haproxy", "VLLM::Worker")
+    ours = ("SessionWorker", "ray::Controller", "LoadingBoard", "ray::Front", "haproxy", "VLLM::Worker")
 
     def left() -> list[str]:
         return [name for name in ours if processes_called(deployed.state, name)]

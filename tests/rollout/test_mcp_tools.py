@@ -17,6 +17,7 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
+from cluster.ports import free_ports
 from rollout import mcp_connection, mcp_tools
 from rollout.errors import ConfigError, ToolError
 from rollout.mcp_config import McpServerConfig
@@ -58,12 +59,6 @@ async def stdio() -> AsyncIterator[McpServers]:
     yield servers
     await servers.close()
     assert children() == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -215,7 +210,7 @@ async def test_connect_failures() -> None:
     servers = McpServers(
         {
             "missing": McpServerConfig(command=["/no/such/program"]),
-            "closed": McpServerConfig(url=f"http://127.0.0.1:{free_port()}/mcp"),
+            "closed": McpServerConfig(url=f"http://127.0.0.1:{free_ports(1)[0]}/mcp"),
             "exits": McpServerConfig(command=[sys.executable, "-c", script]),
             "mute": McpServerConfig(command=[sys.executable, "-c", script + "time.sleep(60)"], connect_seconds=0.5),
         }
@@ -258,7 +253,7 @@ def test_schemas() -> None:
 
 @pytest.mark.parametrize("options", [(), ("legacy",)], ids=["stateless", "sessions"])
 async def test_http(options: tuple[str, ...]) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     servers = McpServers(
         {
             "web": http_config(port),

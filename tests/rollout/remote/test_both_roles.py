@@ -5,14 +5,12 @@ Invariant: what a side has of a rollout's tokens is what the other has, token by
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 
 from actors.remote_player import RemotePlayer
 from actors.remote_service import RemoteService
@@ -38,6 +36,7 @@ from tests.remote_peers.server import MULTIPLY, PeerServer
 from tests.remote_peers.trainer import PeerTrainer
 from tests.rollout.harmony import HarmonyTokenizer
 from tests.rollout.sessions import scripted
+from tests.serving import serving
 
 SECRET = b"both roles" * 4
 GENERATIONS: list[Generation] = ["A", "A1", "B"]
@@ -79,20 +78,6 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[TrainerModel]:
 
     monkeypatch.setattr(server_rollout, "TrainerModel", Seen)
     return made
-
-
-@asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    task = asyncio.create_task(server.serve())
-    try:
-        async with asyncio.timeout(30):
-            while not server.started:
-                await asyncio.sleep(0.02)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await task
 
 
 @asynccontextmanager
