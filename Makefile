@@ -42,7 +42,7 @@ demo: $(READY)  ## start the demo cluster (TP=2), run 64 tasks x 8, print what c
 learn: $(READY)  ## GRPO on two cores: the demo model learns to calculate, in about 6 minutes; see out/learn
 	@$(PYTHON) -m examples.calculator.train $(ARGS)
 
-test: $(READY)  ## the whole test suite, real TP=2 engine included
+test: $(READY)  ## the tests, on a real TP=2 engine; see test-slow for those that start more clusters
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --ignore tests/integration $(ARGS)
 	@$(PYTHON) -m pytest tests/integration $(ARGS)
 
