@@ -11,7 +11,6 @@ import * as trajectory from "./trajectory.js";
 
 const main = document.getElementById("main");
 const pulse = document.getElementById("pulse");
-const THEMES = ["auto", "light", "dark"];
 
 let open = null; // of the current view: {controller, keys, help}
 
@@ -170,40 +169,24 @@ document.getElementById("key").addEventListener("click", () => askKey());
 
 // Colours
 
-function theme() {
-  try {
-    return localStorage.getItem("rollout-theme") || "auto";
-  } catch {
-    return document.documentElement.dataset.theme || "auto";
-  }
-}
+const THEME_NAMES = { auto: "as the system", light: "light", dark: "dark" };
+const themeButton = document.getElementById("theme");
 
-function setTheme(value) {
-  if (value === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = value;
-  try {
-    localStorage.setItem("rollout-theme", value);
-  } catch {
-    // It holds for this page, then.
-  }
-  nameTheme(value);
-  document.dispatchEvent(new Event("themechange"));
-}
-
-function nameTheme(value) {
-  const names = { auto: "as the system", light: "light", dark: "dark" };
-  document.getElementById("theme").setAttribute("aria-label", `Colours: ${names[value]}`);
-  document.getElementById("theme").title = `Colours: ${names[value]}`;
+function nameTheme() {
+  const name = `Colours: ${THEME_NAMES[window.colours.chosen()] ?? "as the system"}`;
+  themeButton.setAttribute("aria-label", name);
+  themeButton.title = name;
+  return name;
 }
 
 function nextTheme() {
-  const next = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
-  setTheme(next);
-  toast(`Colours: ${{ auto: "as the system", light: "light", dark: "dark" }[next]}`);
+  const themes = Object.keys(THEME_NAMES);
+  window.colours.choose(themes[(themes.indexOf(window.colours.chosen()) + 1) % themes.length]);
+  toast(nameTheme());
 }
 
-nameTheme(theme());
-document.getElementById("theme").addEventListener("click", nextTheme);
+nameTheme();
+themeButton.addEventListener("click", nextTheme);
 
 // Keyboard
 

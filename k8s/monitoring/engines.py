@@ -11,6 +11,7 @@ from k8s.monitoring.queries import (
     increase,
     or_zero,
     quantile,
+    quantiles,
     rate,
     total,
 )
@@ -75,28 +76,19 @@ ENGINES = Dashboard(
                 Panel(
                     "Time to the first token",
                     "From the request's arrival.",
-                    tuple(
-                        Query(quantile(q, "ray_vllm_time_to_first_token_seconds"), f"p{100 * q:g}")
-                        for q in (0.5, 0.95)
-                    ),
+                    quantiles("ray_vllm_time_to_first_token_seconds"),
                     unit="s",
                 ),
                 Panel(
                     "Time between tokens",
                     "Of one request.",
-                    tuple(
-                        Query(quantile(q, "ray_vllm_inter_token_latency_seconds"), f"p{100 * q:g}")
-                        for q in (0.5, 0.95)
-                    ),
+                    quantiles("ray_vllm_inter_token_latency_seconds"),
                     unit="s",
                 ),
                 Panel(
                     "Time in the engine's queue",
                     "Before the first step.",
-                    tuple(
-                        Query(quantile(q, "ray_vllm_request_queue_time_seconds"), f"p{100 * q:g}")
-                        for q in (0.5, 0.95)
-                    ),
+                    quantiles("ray_vllm_request_queue_time_seconds"),
                     unit="s",
                 ),
             ),
@@ -184,9 +176,7 @@ ENGINES = Dashboard(
                 Panel(
                     "Latency",
                     "Long polls for batches are among them.",
-                    tuple(
-                        Query(quantile(q, "ray_serve_http_request_latency_ms"), f"p{100 * q:g}") for q in (0.5, 0.95)
-                    ),
+                    quantiles("ray_serve_http_request_latency_ms"),
                     unit="ms",
                 ),
             ),

@@ -185,3 +185,8 @@ def known_names() -> frozenset[str]:
     """Every series that a query may read."""
     ours = {name for metric in CATALOGUE.values() for name in series_names(metric)}
     return frozenset(ours.union(*FOREIGN.values(), {"up"}))
+
+
+def quantiles(histogram: str, qs: Sequence[float] = (0.5, 0.95), where: str = CLUSTER) -> tuple[Query, ...]:
+    """Several quantiles of a histogram in one panel, named p50, p95."""
+    return tuple(Query(quantile(q, histogram, where=where), f"p{100 * q:g}") for q in qs)

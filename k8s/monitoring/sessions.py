@@ -10,6 +10,7 @@ from k8s.monitoring.queries import (
     Query,
     Row,
     quantile,
+    quantiles,
     rate,
     total,
 )
@@ -71,12 +72,7 @@ SESSIONS = Dashboard(
                 Panel(
                     "Duration of sessions",
                     "From start to end.",
-                    tuple(
-                        Query(
-                            quantile(q, "rollout_session_seconds", where=f'{CLUSTER},part="total"'), f"p{100 * q:g}"
-                        )
-                        for q in (0.5, 0.9, 0.99)
-                    ),
+                    quantiles("rollout_session_seconds", (0.5, 0.9, 0.99), where=f'{CLUSTER},part="total"'),
                     unit="s",
                 ),
             ),

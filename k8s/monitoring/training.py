@@ -12,6 +12,7 @@ from k8s.monitoring.queries import (
     increase,
     or_zero,
     quantile,
+    quantiles,
     rate,
     total,
 )
@@ -118,7 +119,7 @@ TRAINING = Dashboard(
                 Panel(
                     "Duration of an update",
                     "From the trainer's request to the last replica.",
-                    tuple(Query(quantile(q, "rollout_weight_update_seconds"), f"p{100 * q:g}") for q in (0.5, 0.95)),
+                    quantiles("rollout_weight_update_seconds"),
                     unit="s",
                 ),
                 Panel(

@@ -337,6 +337,7 @@ async def test_a_locked_cluster_asks_for_a_key(service: Service, page: Any):
 
 
 async def test_dark_and_light(service: Service, browser: Any):
+    expect = async_api.expect
     async with Site(service) as site:
         shades = {}
         for scheme in ("light", "dark"):
@@ -344,6 +345,11 @@ async def test_dark_and_light(service: Service, browser: Any):
             await page.goto(site.address)
             background = "getComputedStyle(document.body).backgroundColor"
             shades[scheme] = await page.evaluate(background)
+            body = expect(page.locator("body"))
+            await page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
+            await body.not_to_have_css("background-color", shades[scheme])
+            await page.emulate_media(color_scheme=scheme)
+            await body.to_have_css("background-color", shades[scheme])
             switch = page.get_by_role("button", name="Colours")
             await switch.click()
             assert await switch.get_attribute("aria-label") == "Colours: light"
