@@ -48,7 +48,7 @@ _PLACEHOLDER = [{"role": "user", "content": "(captured)"}]
 @dataclass(slots=True)
 class _Open:
     book: CaptureSession
-    run: str
+    run: Run
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when its trajectory is in the journal, or could not be brought there."""
     closing: bool = False
@@ -99,7 +99,7 @@ class CaptureService:
         book = CaptureSession(
             key, limits=limits or CaptureLimits(), opened=self._clock(), metadata=dict(wanted.metadata)
         )
-        self._sessions[session_id] = _Open(book, run_name)
+        self._sessions[session_id] = _Open(book, run)
         run.changed()
         return OpenedSession(
             session_id=session_id,
@@ -175,17 +175,16 @@ class CaptureService:
                 logger.warning("session %s could not be ended, it is tried again: %r", session_id, failure)
 
     async def _expire(self, session_id: str, opened: _Open, now: float) -> None:
-        run = self._store.runs.get(opened.run)
-        if run is None:
+        if not self._lives(opened.run):
             del self._sessions[session_id]
-        elif run.state == "cancelled":
+        elif opened.run.state == "cancelled":
             await self._deliver(session_id, opened, opened.book.cancel(now, "its run was cancelled"))
         elif (trajectory := opened.book.trajectory or opened.book.expire(now)) is not None:
             # One that had ended before could not be written then.
             await self._deliver(session_id, opened, trajectory)
 
     async def _deliver(self, session_id: str, opened: _Open, trajectory: Trajectory) -> CapturedSession:
-        if self._store.runs.get(opened.run) is not None:
+        if self._lives(opened.run):
             rows, summaries = await asyncio.to_thread(to_rows, [trajectory], self.markers)
             await self._store.put(summaries, rows)
         told = _told(session_id, opened.book)
@@ -208,7 +207,7 @@ class CaptureService:
         held = {
             s.book.key.sample_index
             for s in self._sessions.values()
-            if s.run == run.book.run and s.book.key.group_id == group_id
+            if s.run is run and s.book.key.group_id == group_id
         }
         for index in range(run.book.group_size):
             if index not in held and index not in group.members:
@@ -217,6 +216,10 @@ class CaptureService:
             f"all {run.book.group_size} samples of task {group.task.task_id!r} are taken; choose another task_id",
             "task.task_id",
         )
+
+    def _lives(self, run: Run) -> bool:
+        """A forgotten run may have a successor of its name, which knows nothing of its sessions."""
+        return self._store.runs.get(run.book.run) is run
 
     def _get(self, session_id: str) -> _Open:
         try:

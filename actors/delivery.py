@@ -42,6 +42,9 @@ class Delivery:
         except TimeoutError:
             return self._no_batch(run_name, "another trainer waits for the next batch of this run")
         try:
+            if (known := self._store.leases.of_request(run_name, request.request_id)) is not None:
+                # This request was repeated while its first call, which nobody hears any more, held the turn.
+                return await self._batch(run, known)
             groups = await self._await_groups(run_name, run, request, deadline)
             if not groups:
                 return self._no_batch(run_name, "not enough groups were complete in time")

@@ -35,12 +35,14 @@ class FilterFunction:
         self._path = path
         self._function: Callable[[pa.Table], Any] | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="filter")
+        # One group at a time: the time that others take must not count.
+        self._turn = asyncio.Lock()
 
     async def judge(self, rows: pa.Table) -> str | None:
         """The reason to drop the group; None: keep it. Raises FilterError."""
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(FILTER_SECONDS):
+            async with self._turn, asyncio.timeout(FILTER_SECONDS):
                 verdict = await loop.run_in_executor(self._threads, self._call, rows)
         except TimeoutError:
             # The thread cannot be stopped; the next group gets another.

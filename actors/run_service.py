@@ -27,6 +27,9 @@ MAX_SHELF_BYTES = 4 * 2**30
 # A trainer that was refused for a full backlog may try again after so many seconds.
 RETRY_AFTER_S = 5.0
 MAX_RUNS = 1_000
+# A new run waits so long for the sessions of a forgotten one of its name.
+ENDING_SECONDS = 10.0
+ENDING_POLL_S = 0.05
 
 
 class RunService:
@@ -43,6 +46,7 @@ class RunService:
         self._store.check()
         name = request.name or f"run-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         full = self._complete_request(request, name)
+        await self._until_ended(name)
         if (known := self._store.runs.get(name)) is not None:
             if known.request != full:
                 raise ConflictError(f"run {name!r} exists with other settings; choose another name", "name")
@@ -53,6 +57,18 @@ class RunService:
         self._store.open(name, full, self._store.version)
         await self._store.write(records.add_run(name, full, self._store.version))
         return self.info(name)
+
+    async def _until_ended(self, name: str) -> None:
+        """Nothing that a forgotten run's sessions still answer may be taken for the new run's."""
+        try:
+            async with asyncio.timeout(ENDING_SECONDS):
+                while self._store.scheduler.ending(name):
+                    await asyncio.sleep(ENDING_POLL_S)
+        except TimeoutError:
+            raise BusyError(
+                f"sessions of the forgotten run {name!r} are still ending; try again, or choose another name",
+                RETRY_AFTER_S,
+            ) from None
 
     async def pause(self, run_name: str, paused: bool) -> RunInfo:
         """Start nothing new of a run, or go on. Sessions that run, run on."""

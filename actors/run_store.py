@@ -113,25 +113,29 @@ class RunStore:
             for task, seq, generation in old.unfinished:
                 run.book.restore(task, seq, generation)
         complete = self._recover_blocks(found)
-        leased = {(lease.run, seq) for lease in found.leases if lease.state == "active" for seq in lease.groups}
-        for name, group in complete:
-            run = self.runs[name]
-            if (name, group.seq) in leased:
-                run.book.accept(group)
-            else:
-                self._complete(run, group)
-        for lease in found.leases:
-            self._recover_lease(lease)
         for name, run in self.runs.items():
+            if run.state == "paused":
+                self.scheduler.pause(name, True)
+            # Before complete groups are judged: one that is replaced is queued by that, and once.
             for group in run.book.unfinished() if not run.captured else []:
                 missing = [i for i in range(run.book.group_size) if i not in group.members]
                 if missing:
                     self.scheduler.queue(
                         name, QueuedGroup(run.book.group_id(group), group.task, missing, time.time())
                     )
-            if run.state == "paused":
-                self.scheduler.pause(name, True)
-            elif run.state == "cancelled":
+        leased = {(lease.run, seq) for lease in found.leases if lease.state == "active" for seq in lease.groups}
+        judged = []
+        for name, group in complete:
+            if (name, group.seq) in leased:
+                self.runs[name].book.accept(group)
+            else:
+                judged.append((self.runs[name], group))
+        for lease in found.leases:
+            self._recover_lease(lease)
+        for run, group in judged:
+            self._complete(run, group)
+        for run in self.runs.values():
+            if run.state == "cancelled":
                 self.end(run)
 
     def _recover_blocks(self, found: records.Recovered) -> list[tuple[str, Group]]:
@@ -280,6 +284,9 @@ class RunStore:
 
     def _drop_surplus(self, run: Run) -> None:
         for group in run.book.unfinished():
+            if len(group.members) == run.book.group_size:
+                # Being judged, or found in the journal: it was played in time.
+                continue
             self.cancel_sessions(self.scheduler.withdraw(run.book.run, run.book.group_id(group)))
             self.drop(run, group, "surplus")
 

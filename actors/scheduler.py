@@ -179,6 +179,12 @@ class Scheduler:
         self._final.discard(run)
         return running
 
+    def ending(self, run: str) -> bool:
+        """Whether workers still hold samples of a run that was dropped; one of its name would have the same ids."""
+        prefix = f"{run}/"
+        held = (t for worker in self._workers.values() for t in worker.running)
+        return any(t.startswith(prefix) and t not in self._samples for t in held)
+
     # Workers
 
     def add_worker(self, worker: str, capacity: int) -> None:

@@ -103,9 +103,14 @@ def run_tasks(
     started = time.monotonic()
     with TrajectoryWriter(out, about, overwrite=overwrite) as writer, _interrupts() as asked:
         _ask(handle.create_run.remote(request))
-        for start in range(0, len(tasks), MAX_TASKS_PER_CALL):
-            _ask(handle.submit.remote(name, tasks[start : start + MAX_TASKS_PER_CALL]))
-        info = _take_all(handle, name, writer, asked, lambda info: on_progress(info, time.monotonic() - started))
+        try:
+            for start in range(0, len(tasks), MAX_TASKS_PER_CALL):
+                _ask(handle.submit.remote(name, tasks[start : start + MAX_TASKS_PER_CALL]))
+            info = _take_all(handle, name, writer, asked, lambda info: on_progress(info, time.monotonic() - started))
+        except BaseException:
+            # Nobody takes its batches any more. What is complete stays in the cluster, for `lease`, until it is forgotten.
+            handle.cancel.remote(name)
+            raise
         seconds = time.monotonic() - started
     workers = _ask(handle.status.remote())["workers"]
     _ask(handle.forget.remote(name))

@@ -14,6 +14,7 @@ that code raised, it is given back. (`RolloutClient`, for code without asyncio, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -39,16 +40,20 @@ from rollout.api import (
 )
 from rollout.backend import Backend
 from rollout.capture.session_book import CaptureLimits
-from rollout.errors import ApiError, RolloutError
+from rollout.errors import ApiError, ConflictError, NotFoundError, RolloutError
 from rollout.http_backend import HttpBackend
 from rollout.tasks import Task, read_tasks
 from rollout.weights import CheckpointSource, WeightReport, WeightSource
+
+logger = logging.getLogger(__name__)
 
 Tasks = Iterable[Task | dict[str, Any]] | Path | str
 """Tasks, or objects of their fields, or the path of a JSONL file."""
 
 # A batch is extended when so much of its lease is over while the trainer still works on it.
 EXTEND_AT = 0.5
+# An extension that failed although it was repeated is tried again after so many seconds.
+EXTEND_RETRY_S = 2.0
 # Tasks of one call where they are sent in bulk.
 SUBMIT_CHUNK = 2_000
 
@@ -277,9 +282,19 @@ class AsyncRolloutClient:
         return await self._backend.weights()
 
     async def _keep(self, batch: Batch, ttl: float) -> None:
+        pause = EXTEND_AT * ttl
         while True:
-            await asyncio.sleep(EXTEND_AT * ttl)
-            await self.extend(batch, ttl)
+            await asyncio.sleep(pause)
+            try:
+                await self.extend(batch, ttl)
+                pause = EXTEND_AT * ttl
+            except (ConflictError, NotFoundError) as failure:
+                logger.warning("lease %s is lost: %s", batch.lease_id, failure)
+                return
+            except RolloutError as failure:
+                # The cluster may be back before the lease has expired.
+                logger.warning("lease %s could not be extended, it is tried again: %s", batch.lease_id, failure)
+                pause = EXTEND_RETRY_S
 
 
 def no_batch_error(run: str, timeout: float, answer: NoBatch) -> RolloutError:

@@ -227,6 +227,13 @@ class Session:
         except TimeoutError as failure:
             took = f"took longer than {seconds:g} s" if deadline.expired() else f"raised {failure!r}"
             raise EnvironmentError_(f"{name} {took}") from failure
+        except asyncio.CancelledError as failure:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise EnvironmentError_(
+                f"{name} raised CancelledError, and nobody had cancelled the session"
+            ) from failure
         except RolloutError:
             raise
         except Exception as failure:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import run_service
+from actors import filter_function, run_service
 from actors.scheduler import Assignment
 from rollout.api import Batch, Filters, LeaseRequest, NoBatch, RunRequest
 from rollout.errors import BusyError, ConflictError, JournalError, NotFoundError, RefusedError
@@ -183,6 +183,17 @@ async def test_a_repeated_call_gets_the_same_lease(service: Service):
     assert fetched.table.equals(first.table)
 
 
+async def test_a_call_that_is_repeated_while_the_first_still_waits_gets_the_same_lease(service: Service):
+    await run_of(service, 2)
+    calls = [asyncio.create_task(lease(service, 1, timeout=30, request_id="q")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    await service.work()
+    first, again = await asyncio.gather(*calls)
+    assert isinstance(first, Batch) and isinstance(again, Batch)
+    assert again.lease_id == first.lease_id and again.groups == first.groups
+    assert service.runs.info("r").leased == 1
+
+
 async def test_a_trainer_that_goes_away_while_it_waits_takes_nothing(service: Service):
     await run_of(service, 1)
     begun = service.start()
@@ -293,10 +304,27 @@ async def test_a_forgotten_run_is_gone(service: Service):
     with pytest.raises(NotFoundError):
         await waiting
     assert set(service.cancelled) == {a.key.trajectory_id for a in begun[2:]}
+    again = asyncio.create_task(run_of(service, 3))
+    await asyncio.sleep(0.01)
+    assert service.runs.runs() == [] and not again.done(), "the old sessions have the new ones' ids"
     await service.finish(begun[2:])
     assert service.runs.runs() == [] and service.store.shelf.num_bytes == 0
-    await run_of(service, 3)
-    assert service.runs.info("r").submitted == 3
+    await again
+    assert service.runs.info("r").submitted == 3 and len(service.start()) == 6
+
+
+async def test_a_forgotten_runs_name_is_free_as_soon_as_its_sessions_have_ended(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_service, "ENDING_SECONDS", 0.05)
+    await run_of(service, 1)
+    service.start()
+    await service.runs.forget("r")
+    await service.runs.create(RunRequest(name="r-2"))
+    with pytest.raises(BusyError, match="still ending"):
+        await service.runs.create(RunRequest(name="r"))
+    service.scheduler.worker_lost("w")
+    await service.runs.create(RunRequest(name="r"))
 
 
 # What is worth delivering
@@ -365,6 +393,23 @@ async def test_a_users_filter_decides_and_its_failure_loses_nothing(service: Ser
     info = service.runs.info("r")
     assert info.dropped == {"odd": 2, "filter": 1}
     assert info.filter_error is not None and "RuntimeError: seven" in info.filter_error
+
+
+def slow(rows):
+    """A user's filter."""
+    time.sleep(0.05)
+    return True
+
+
+async def test_a_filter_with_many_groups_to_look_at_is_not_late(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(filter_function, "FILTER_SECONDS", 0.2)
+    await run_of(service, 12, filters=Filters(function=f"{__name__}:slow"))
+    await service.work()
+    batch = await lease(service, 12, timeout=10)
+    assert isinstance(batch, Batch) and len(batch.groups) == 12
+    assert service.runs.info("r").filter_error is None
 
 
 async def test_oversampling_cancels_the_surplus(service: Service):

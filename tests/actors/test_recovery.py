@@ -89,6 +89,37 @@ async def test_paused_and_cancelled_runs_stay_so(tmp_path: Path):
     await after.close()
 
 
+async def test_complete_groups_beyond_the_target_are_kept(tmp_path: Path):
+    before = Service(tmp_path / "j.sqlite")
+    await before.runs.create(RunRequest(name="r", target_groups=2))
+    for start in range(5):
+        # Each time there is nothing else that could be dropped.
+        await before.runs.submit("r", tasks(1, start))
+        await before.finish(before.start())
+    kept = before.runs.info("r").ready
+    abandon(before)
+    after = Service(tmp_path / "j.sqlite")
+    await asyncio.sleep(0.05)
+    assert after.runs.info("r").ready == kept == 5
+    await after.close()
+
+
+async def test_a_group_that_is_replaced_at_the_start_is_queued_once(tmp_path: Path):
+    before = Service(tmp_path / "j.sqlite")
+    await before.runs.create(RunRequest(name="r", max_staleness=0))
+    await before.runs.submit("r", tasks(1))
+    await before.finish(before.start())
+    # The weights came, and the death, before the group was looked at again.
+    before.store.version = 5
+    await before.store.write(records.put_weights(5, CheckpointSource(path="w"), "current"))
+    abandon(before)
+    after = Service(tmp_path / "j.sqlite")
+    await asyncio.sleep(0.05)
+    assert after.runs.info("r").replaced == {"stale": 1}
+    assert len(after.start()) == 2
+    await after.close()
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_a_random_walk_with_deaths_delivers_every_task_once(tmp_path: Path, seed: int):
     """210 groups, a death at every thirtieth step or so, expiries, late acknowledgements, new weights."""

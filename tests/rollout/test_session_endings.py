@@ -193,6 +193,20 @@ async def test_an_environment_that_raises_is_its_own_sessions_error(chat, where,
     assert (second.stop_reason, second.error, second.reward) == ("error", error, None)
 
 
+class CancelsItself(Adder):
+    async def reply(self, episode):
+        """What a library does that gives up on a task of its own."""
+        inner = asyncio.ensure_future(asyncio.sleep(60))
+        inner.cancel()
+        await inner
+
+
+async def test_an_environment_that_cancels_its_own_work_is_no_cancelled_session(chat):
+    trajectory = await play(chat, scripted(chat, f"5{IM_END}"), CancelsItself)
+    assert trajectory.stop_reason == "error"
+    assert trajectory.error.startswith("environment: reply raised CancelledError")
+
+
 async def test_a_close_that_raises_does_not_undo_the_trajectory(chat):
     trajectory = await play(chat, scripted(chat, f"5{IM_END}"), type("Broken", (FailsAt,), {"where": "close"}))
     assert (trajectory.stop_reason, trajectory.reward) == ("stop", 1.0)
