@@ -25,6 +25,10 @@ from rollout.errors import RolloutError
 ID_VARIABLE = "ROLLOUT_CLUSTER_ID"
 # Seconds that processes get between the request to end and the end.
 TERM_SECONDS = 8.0
+# What session workers call themselves. They end before the Ray under them, which would take them along while they
+# still close their environments.
+SESSION_WORKER = "ray::SessionWorker"
+CLOSE_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,13 @@ def processes(cluster: ClusterState) -> Iterator[psutil.Process]:
             continue
 
 
+def _title(process: psutil.Process) -> str:
+    try:
+        return next(iter(process.cmdline()), "")
+    except psutil.Error:
+        return ""
+
+
 def _session_is_ours(cluster: ClusterState) -> bool:
     """Whether the session id still means the cluster's session.
 
@@ -130,12 +141,17 @@ def _session_is_ours(cluster: ClusterState) -> bool:
 
 
 def end_processes(cluster: ClusterState, on_wait: Callable[[int], None] | None = None) -> int:
-    """End all processes of a cluster: asked first, then killed. Returns how many there were.
+    """End all processes of a cluster: asked first, session workers before all others, then killed. Returns how many.
 
     Looks again after each round, as processes may still start others while they end. Raises RolloutError for those
     that survive being killed.
     """
-    asked: set[int] = set()
+    first = [process for process in processes(cluster) if _title(process).startswith(SESSION_WORKER)]
+    asked = {process.pid for process in first}
+    for process in first:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(first, timeout=CLOSE_SECONDS)
     deadline = time.monotonic() + TERM_SECONDS
     while living := list(processes(cluster)):
         late = time.monotonic() > deadline

@@ -1,6 +1,8 @@
 // The cluster's API: with a key where one is needed, streams through fetch so that they carry it too.
 
 const KEY = "rollout-key";
+// The pause between two tries while nobody answers grows to this.
+const LONGEST_PAUSE = 10000;
 // The page is at …/ui/; the API is beside it, also where a proxy has put a prefix before both.
 const BASE = new URL("../", location.href.split(/[?#]/)[0]);
 
@@ -97,9 +99,17 @@ export async function stream(path, hear, signal) {
   }
 }
 
+/** The milliseconds to wait after a failure. */
+function longer(pause, milliseconds, error) {
+  const wanted = (error.retryAfter || 0) * 1000;
+  // "Not ready" is an answer, and a cheap one: who asks as often as ever sees at once that it is.
+  if (error.status === 503) return Math.max(milliseconds, Math.min(wanted, LONGEST_PAUSE));
+  return Math.max(milliseconds, Math.min(LONGEST_PAUSE, Math.max(pause * 2, wanted)));
+}
+
 /**
  * Do something now and every so many milliseconds, while the page is looked at and `signal` says nothing.
- * After a failure it is tried less and less often, at most every 30 s; `failed(error)` hears of each.
+ * After a failure it is tried less and less often, at most every 10 s; `failed(error)` hears of each.
  */
 export function poll(work, milliseconds, signal, failed = () => {}) {
   let pause = milliseconds;
@@ -113,11 +123,13 @@ export function poll(work, milliseconds, signal, failed = () => {}) {
       await work();
       pause = milliseconds;
     } catch (error) {
-      if (signal.aborted || error.name === "AbortError") return;
       // Without a key nothing can be had; the page begins anew when one is given.
-      if (error.status === 401) return;
-      pause = Math.min(30000, Math.max(pause * 2, (error.retryAfter || 0) * 1000));
-      failed(error);
+      if (signal.aborted || error.status === 401) return;
+      // Where another call took this one's place, nothing has failed.
+      if (error.name !== "AbortError") {
+        pause = longer(pause, milliseconds, error);
+        failed(error);
+      }
     } finally {
       busy = false;
     }
@@ -127,4 +139,24 @@ export function poll(work, milliseconds, signal, failed = () => {}) {
   document.addEventListener("visibilitychange", seen, { signal });
   signal.addEventListener("abort", () => clearTimeout(timer), { once: true });
   round();
+}
+
+/**
+ * What `work` gives, once it succeeds: a cluster that is not there yet is asked again every so many milliseconds, and
+ * `failed(error)` hears of each try. Throws what cannot pass: a wrong key, no such thing, a refusal, the signal's end.
+ */
+export async function patiently(work, milliseconds, signal, failed) {
+  let pause = milliseconds;
+  for (;;) {
+    try {
+      return await work();
+    } catch (error) {
+      const passes = error.status === 0 || error.status === 429 || error.status >= 500;
+      if (!passes || signal.aborted) throw error;
+      pause = longer(pause, milliseconds, error);
+      failed(error);
+    }
+    await new Promise((done) => setTimeout(done, pause));
+    signal.throwIfAborted();
+  }
 }

@@ -41,7 +41,7 @@ async function render(anew = false) {
   if (anew !== true && open && open.path === found.path && open.changed && open.changed(found.parameters)) return;
   open?.controller.abort();
   const controller = new AbortController();
-  const context = { signal: controller.signal, id: found.id, fail: failed, tell: say };
+  const context = { signal: controller.signal, id: found.id };
   open = { controller, path: found.path, keys: {}, help: [] };
   const mine = open;
   for (const link of document.querySelectorAll(".bar nav a")) {
@@ -60,11 +60,10 @@ async function render(anew = false) {
   }
 }
 
-/** A view that cannot show anything says why. */
+/** A view that has nothing to show, and will have nothing, says why. What may pass is trouble.js's. */
 function failed(error) {
   if (error.status === 401) return;
   const hints = {
-    0: "Is the cluster up? `rollout status` says where its gateway is. This page tries again by itself.",
     403: "Use a key with the scope trainer: the key button is at the top right.",
     404: "It may have made room for newer ones, or its run was forgotten.",
   };

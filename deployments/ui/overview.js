@@ -4,19 +4,22 @@ import * as api from "./api.js";
 import { partsBar, partsKey, timeChart } from "./charts.js";
 import { framed, h, show } from "./dom.js";
 import * as f from "./format.js";
+import { makeTrouble } from "./trouble.js";
 
 const EVERY = 2000;
 // Runs that are listed at once; the rest is one click away.
 const LISTED = 12;
 
-export async function open(main, parameters, { signal, tell, fail }) {
-  const state = { runs: [], weights: null, loading: new Map(), phase: null, chosen: parameters.get("run"), rates: new Map(), all: false };
+export async function open(main, parameters, { signal }) {
+  const state = { runs: [], weights: null, loading: new Map(), phase: null, starting: false, chosen: parameters.get("run"), rates: new Map(), all: false };
+  const trouble = makeTrouble();
   const tiles = h("dl", { class: "tiles" });
   const engines = h("section", { class: "panel engines", "aria-label": "Engines", hidden: true });
   const runs = h("div", { class: "runs" }, h("p", { class: "loading" }, "Looking…"));
   const course = makeCourse();
   show(main,
     h("h1", { class: "hidden" }, "Overview"),
+    trouble.element,
     tiles,
     engines,
     h("div", { class: "columns" },
@@ -26,8 +29,10 @@ export async function open(main, parameters, { signal, tell, fail }) {
   let opened = false;
   const draw = framed(() => {
     if (signal.aborted) return;
-    show(tiles, drawTiles(state));
     drawEngines(engines, state);
+    // Engines load long before anybody can say which runs there are.
+    if (!opened) return;
+    show(tiles, drawTiles(state));
     drawRuns(runs, state, choose, () => {
       state.all = !state.all;
       draw();
@@ -46,13 +51,20 @@ export async function open(main, parameters, { signal, tell, fail }) {
     measure(state, found);
     // Newest first: what one has just started is what one wants to see.
     state.runs = found.reverse();
+    state.starting = false;
+    trouble.clear();
     if (!opened) {
       opened = true;
       follow();
     }
     draw();
   };
-  api.poll(lookAtRuns, EVERY, signal, (error) => (opened ? tell("bad", "no answer") : fail(error)));
+  api.poll(lookAtRuns, EVERY, signal, (error) => {
+    // A cluster that is not ready says so; how far its engines are is known all the same.
+    state.starting = error.status === 503;
+    trouble.tell(error);
+    draw();
+  });
   api.poll(async () => {
     state.weights = await api.get("v1/weights", {}, signal);
     draw();
@@ -165,19 +177,30 @@ async function followLoading(state, draw, signal) {
       draw();
     }, signal);
   };
-  api.poll(round, 5000, signal, () => {});
+  api.poll(round, 5000, signal, (error) => {
+    if (error.status !== 503) return;
+    // Nothing is loading, and nothing is ready.
+    state.nothing = error.message;
+    if (state.phase !== "error") state.phase = null;
+    draw();
+  });
 }
 
 function drawEngines(element, state) {
   const replicas = Object.entries(state.weights?.replicas || {});
   const behind = replicas.filter(([, replica]) => replica.health && replica.health !== "healthy");
-  const loading = state.phase === "loading" || state.phase === "error";
+  const loading = state.starting || state.phase === "loading" || state.phase === "error";
   element.hidden = !loading && behind.length === 0;
   if (element.hidden) return;
+  // Engines that are ready while the cluster is not: it has more parts than engines.
+  const ready = loading && state.phase === "ready";
+  const rows = loading && !ready ? [...state.loading] : [];
+  const why = ready ? "The rest of the cluster comes next." : state.nothing || "None of them has reported yet.";
   show(element,
-    h("h2", {}, state.phase === "error" ? "An engine did not come up" : loading ? "Engines are loading" : "Engines are catching up"),
+    h("h2", {}, state.phase === "error" ? "An engine did not come up" : ready ? "Engines are ready" : loading ? "Engines are loading" : "Engines are catching up"),
     state.phase === "error" && h("p", { class: "problem" }, state.problem.message),
-    loading && h("ul", { class: "loads" }, [...state.loading].map(([name, events]) => loadingRow(name, [...events.values()]))),
+    loading && state.phase !== "error" && rows.length === 0 && h("p", { class: "faint" }, why),
+    rows.length > 0 && h("ul", { class: "loads" }, rows.map(([name, events]) => loadingRow(name, [...events.values()]))),
     behind.length > 0 && h("ul", { class: "loads" }, behind.map(([name, replica]) =>
       h("li", {}, h("span", { class: "mono" }, shortName(name)),
         h("span", {}, `${replica.health}, carries ${replica.version === null ? "nothing yet" : `v${replica.version}`}`),

@@ -4,6 +4,7 @@
 import * as api from "./api.js";
 import { h, icon, ICONS, show } from "./dom.js";
 import * as f from "./format.js";
+import { makeTrouble } from "./trouble.js";
 
 const PAGE = 50;
 const LOOK_FOR_NEW = 5000;
@@ -19,15 +20,18 @@ const FIELDS = ["run", "text", "stop_reason", "group", "min_reward", "max_reward
 /** The last list, for stepping from one trajectory to the next: {ids, address}. */
 export const last = { ids: [], address: "#/trajectories", opened: null };
 
-export async function open(main, parameters, { signal, fail, tell }) {
+export async function open(main, parameters, { signal }) {
   const filters = read(parameters);
-  const state = { items: [], matched: 0, kept: 0, newest: null, at: 0, runs: [], versions: [], busy: null, fresh: 0 };
+  const state = { items: [], matched: 0, kept: 0, newest: null, at: 0, runs: [], versions: [], busy: null, fresh: 0, failed: false };
+  const trouble = makeTrouble();
   const list = h("ol", { class: "rows", "aria-label": "Trajectories" });
+  const looking = h("p", { class: "loading" }, "Looking…");
   const summary = h("p", { class: "summary", role: "status" });
   const more = h("button", { type: "button", class: "quiet wide", hidden: true, onclick: () => load(true) }, "More");
   const fresh = h("button", { type: "button", class: "fresh", hidden: true, onclick: () => load() });
   const bar = makeFilters(filters, state, changed);
-  show(main, h("h1", { class: "hidden" }, "Trajectories"), bar.element, h("div", { class: "listing" }, h("div", { class: "list-head" }, summary, fresh), list, more));
+  show(main, h("h1", { class: "hidden" }, "Trajectories"), trouble.element, bar.element,
+    h("div", { class: "listing" }, h("div", { class: "list-head" }, summary, fresh), looking, list, more));
   list.addEventListener("focusin", (event) => {
     const index = [...list.children].indexOf(event.target.closest("li"));
     if (index >= 0) choose(index, false);
@@ -41,6 +45,30 @@ export async function open(main, parameters, { signal, fail, tell }) {
   }
 
   async function load(further = false) {
+    try {
+      // What is listed may be of other filters, where the last list did not come.
+      await ask(further && !state.failed);
+    } catch (error) {
+      missed(error, !further);
+    }
+  }
+
+  // What is listed stays. `again`: what was asked for is not there, so the poll below asks for it.
+  function missed(error, again) {
+    if (error.name === "AbortError" || error.status === 401) return;
+    state.failed ||= again;
+    if (error.status === 422) {
+      state.failed = false;
+      looking.remove();
+      summary.textContent = error.message;
+    } else if (error.status === 404 && filters.run) {
+      filters.run = null;
+      changed();
+    } else trouble.tell(error);
+  }
+
+  /** A page of the list. Throws ApiError, and AbortError where a later one has taken its place. */
+  async function ask(further = false) {
     state.busy?.abort();
     state.busy = new AbortController();
     signal.addEventListener("abort", () => state.busy.abort(), { once: true });
@@ -55,17 +83,13 @@ export async function open(main, parameters, { signal, fail, tell }) {
         bar.versions(page.versions);
       }
       state.matched = page.matched;
+      state.failed = false;
+      trouble.clear();
+      looking.remove();
       // At the end of what is kept, older ones may have gone meanwhile.
       more.hidden = state.items.length >= page.matched || page.items.length === 0;
       fresh.hidden = true;
       draw();
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      if (error.status === 422) summary.textContent = error.message;
-      else if (error.status === 404 && filters.run) {
-        filters.run = null;
-        changed();
-      } else fail(error);
     } finally {
       if (!mine.aborted) list.removeAttribute("aria-busy");
     }
@@ -108,18 +132,25 @@ export async function open(main, parameters, { signal, fail, tell }) {
 
   api.poll(async () => bar.runs((await api.get("v1/runs", {}, signal)).reverse()), 15000, signal);
   api.poll(async () => {
-    if (state.newest === null || filters.sort !== "finished") return;
+    if (state.failed) return ask();
+    if (state.newest === null || (filters.sort !== "finished" && trouble.element.hidden)) return;
     const page = await api.get(api.ofRun(filters.run, "trajectories"), { ...asked(filters), limit: 1 }, signal);
+    trouble.clear();
+    if (filters.sort !== "finished") return;
     const count = page.matched - state.matched;
     if (page.newest > state.newest && count > 0) {
       // An empty list, or one that nobody has touched, is simply kept up to date.
-      if (state.items.length === 0) await load();
+      if (state.items.length === 0) await ask();
       else {
         fresh.hidden = false;
         fresh.textContent = `${f.long(count)} new`;
       }
     }
-  }, LOOK_FOR_NEW, signal, (error) => error.status !== 404 && tell("bad", "no answer"));
+  }, LOOK_FOR_NEW, signal, (error) => {
+    // A list that is there stays as it is, also where its run is gone.
+    if (state.failed) missed(error, true);
+    else if (error.status !== 404) trouble.tell(error);
+  });
 
   await load();
   // Back from one of them: there one goes on.

@@ -7,12 +7,17 @@ import * as f from "./format.js";
 import { drawConversation } from "./conversation.js";
 import { COLOURS, makeTokens } from "./tokens.js";
 import { addressOf, last } from "./trajectories.js";
+import { makeTrouble } from "./trouble.js";
+
+const ASK_AGAIN = 2000;
 
 export async function open(main, parameters, { signal, id }) {
-  if (!main.querySelector(".trajectory")) show(main, h("p", { class: "loading" }, "Looking…"));
-  else main.querySelector(".trajectory").setAttribute("aria-busy", "true");
+  const trouble = makeTrouble();
+  const before = main.querySelector(".trajectory");
+  before?.setAttribute("aria-busy", "true");
+  show(main, trouble.element, before || h("p", { class: "loading" }, "Looking…"));
   // Its conversation first, which is small; tokens when they are looked at.
-  const found = await api.byId(id, { limit: 0 }, signal);
+  const found = await api.patiently(() => api.byId(id, { limit: 0 }, signal), ASK_AGAIN, signal, trouble.tell);
   const state = {
     view: parameters.get("view") === "tokens" ? "tokens" : "conversation",
     colour: COLOURS.some(([name]) => name === parameters.get("colour")) ? parameters.get("colour") : "mask",

@@ -228,6 +228,30 @@ def test_a_process_that_ends_by_itself_in_time_is_not_killed(spawn: Spawn, tmp_p
     assert mark.read_text() == "done\n"
 
 
+def test_session_workers_close_before_anything_else_is_told_to_end(spawn: Spawn, tmp_path: Path):
+    """Their environments' sandboxes may need the rest of the cluster, and Ray's end is theirs."""
+    order = tmp_path / "order"
+    polite = """
+import os, signal, sys, time
+name, seconds, order = sys.argv[1:]
+def end(*_):
+    time.sleep(float(seconds))
+    open(order, "a").write(name + "\\n")
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+open(order + "-" + name, "w")
+while True:
+    time.sleep(0.05)
+"""
+    (tmp_path / "polite.py").write_text(polite)
+    for name, title, seconds in (("raylet", "raylet", "0"), ("worker", "ray::SessionWorker.collect", "0.7")):
+        command = ("bash", "-c", f'exec -a "{title}" "$@"', "-", sys.executable)
+        spawn(*command, str(tmp_path / "polite.py"), name, seconds, str(order), cluster_id=ID)
+    until(lambda: all(Path(f"{order}-{name}").exists() for name in ("raylet", "worker")))
+    assert state.end_processes(cluster()) == 2
+    assert order.read_text().split() == ["worker", "raylet"]
+
+
 def test_what_starts_while_others_end_is_ended_too(spawn: Spawn, tmp_path: Path):
     late = tmp_path / "late"
     script = f"trap 'sleep 300 & echo $! > {late}; exit 0' TERM; : > {tmp_path}/ready; while :; do sleep 0.05; done"
@@ -246,6 +270,9 @@ def test_a_process_that_cannot_be_ended_is_named(monkeypatch: pytest.MonkeyPatch
         def __init__(self) -> None:
             self.signals: list[int] = []
 
+        def cmdline(self) -> list[str]:
+            return ["ray::SessionWorker.collect"]
+
         def send_signal(self, number: int) -> None:
             self.signals.append(number)
 
@@ -262,4 +289,5 @@ def test_a_process_that_cannot_be_ended_is_named(monkeypatch: pytest.MonkeyPatch
         state.end_processes(cluster())
     assert immortal.signals[0] == signal.SIGTERM and immortal.signals.count(signal.SIGTERM) == 1
     assert set(immortal.signals[1:]) == {signal.SIGKILL}
-    assert 2 * state.TERM_SECONDS < now[0] < 2 * state.TERM_SECONDS + 1
+    patience = state.CLOSE_SECONDS + 2 * state.TERM_SECONDS
+    assert patience < now[0] < patience + 1

@@ -19,6 +19,8 @@ from deployments.gateway import make_app
 from deployments.token_text import TokenizerText
 from rollout.access import AccessKey, AccessSettings, hash_key
 from rollout.api import RunRequest
+from rollout.errors import UnavailableError
+from rollout.loading import Snapshot
 from tests.actors.service import Service, tasks
 from tests.deployments.viewing import LONG_TOKENS, MODEL, Shown, StillLoading, Writer, fill, finish, tokenizer
 
@@ -40,8 +42,9 @@ FRAME_MS = 400
 class Site:
     """A gateway on a port of its own."""
 
-    def __init__(self, service: Service, **options: Any) -> None:
-        app = make_app(lambda: Shown(service), 50_000, token_text=TokenizerText(str(MODEL)), **options)  # type: ignore[arg-type, return-value]
+    def __init__(self, service: Service, backend: Any = None, **options: Any) -> None:
+        shown = backend or Shown(service)
+        app = make_app(lambda: shown, 50_000, token_text=TokenizerText(str(MODEL)), **options)  # type: ignore[arg-type, return-value]
         (self.port,) = free_ports(1)
         self.server = uvicorn.Server(
             uvicorn.Config(app, port=self.port, log_level="critical", timeout_graceful_shutdown=1)
@@ -60,6 +63,27 @@ class Site:
         assert self.running is not None
         self.server.should_exit = True
         await self.running
+
+
+class ComingUp(Shown):
+    """A cluster that starts until it is told that it is ready."""
+
+    ready = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("runs", "weights", "trajectories", "trajectory", "history") and not self.ready:
+            return self._refuse
+        return super().__getattribute__(name)
+
+    async def _refuse(self, *_: object) -> Any:
+        raise UnavailableError("the cluster is starting and not ready yet")
+
+
+class NothingYet(StillLoading):
+    """A board to which no engine has come."""
+
+    async def snapshot(self) -> Snapshot:
+        return Snapshot("nothing", 2, 0, [])
 
 
 @pytest.fixture
@@ -175,6 +199,71 @@ async def test_new_ones_wait_to_be_asked_for(service: Service, page: Any):
         await page.get_by_role("button", name="3 new").click(timeout=12_000)
         await expect(page.locator(".summary")).to_have_text("99 trajectories")
         assert (await texts(page, ".rows .id"))[3] == first
+
+
+# What every view shows once there is a cluster.
+VIEWS = [("#/", ".run-name"), ("#/trajectories", ".rows a"), (LONG, ".message")]
+
+
+@pytest.mark.parametrize(("view", "content"), VIEWS)
+async def test_a_page_that_is_opened_while_the_cluster_starts_goes_on_by_itself(
+    service: Service, page: Any, view: str, content: str
+):
+    expect = async_api.expect
+    backend = ComingUp(service)
+    async with Site(service, backend, board=StillLoading()) as site:
+        await page.goto(site.address + view)
+        await expect(page.locator("main > .notice")).to_have_text(
+            "The cluster is starting and not ready yet. This page tries again by itself."
+        )
+        await expect(page.locator(".pulse")).to_have_text("starting")
+        # Later failures take nothing away either.
+        await asyncio.sleep(2.5)
+        await expect(page.locator("main .loading")).to_be_visible()
+        assert await page.locator(".empty").count() == 0 and await page.locator(content).count() == 0
+        backend.ready = True
+        await expect(page.locator(content).first).to_be_visible(timeout=15_000)
+        await expect(page.locator("main > .notice:visible, main .loading")).to_have_count(0)
+        await expect(page.locator(".pulse")).to_have_text("v6 · 2 engines", timeout=15_000)
+
+
+async def test_engines_are_shown_loading_before_anything_else_is_there(service: Service, page: Any):
+    expect = async_api.expect
+    async with Site(service, ComingUp(service), board=StillLoading()) as site:
+        await page.goto(site.address)
+        await expect(page.locator(".engines")).to_contain_text("layer 18 of 36")
+        await expect(page.locator(".runs")).to_have_text("Looking…")
+    async with Site(service, ComingUp(service), board=NothingYet()) as site:
+        await page.goto(site.address)
+        await expect(page.locator(".engines")).to_contain_text("none of the engine replicas has started yet")
+
+
+@pytest.mark.parametrize(("view", "content"), VIEWS)
+async def test_a_page_that_reaches_nobody_goes_on_by_itself(service: Service, page: Any, view: str, content: str):
+    expect = async_api.expect
+    async with Site(service) as site:
+        await page.route("**/v1/**", lambda route: route.abort())
+        await page.goto(site.address + view)
+        await expect(page.locator("main > .notice")).to_contain_text("`rollout status` says where its gateway is")
+        await page.unroute("**/v1/**")
+        await expect(page.locator(content).first).to_be_visible(timeout=15_000)
+        await expect(page.locator("main > .notice:visible, main .loading")).to_have_count(0)
+
+
+async def test_what_is_shown_stays_while_the_cluster_is_away(service: Service, page: Any):
+    expect = async_api.expect
+    async with Site(service) as site:
+        await page.goto(f"{site.address}#/trajectories")
+        await expect(page.locator(".summary")).to_have_text("97 trajectories")
+        await page.get_by_role("button", name="More").click()
+        await expect(page.locator(".rows > li")).to_have_count(97)
+        await page.route("**/v1/**", lambda route: route.abort())
+        await expect(page.locator("main > .notice")).to_be_visible(timeout=12_000)
+        await expect(page.locator(".rows > li")).to_have_count(97)
+        await page.unroute("**/v1/**")
+        await expect(page.locator("main > .notice")).to_be_hidden(timeout=15_000)
+        # Not even moved to its beginning.
+        await expect(page.locator(".rows > li")).to_have_count(97)
 
 
 async def test_a_conversation(service: Service, page: Any):
