@@ -24,13 +24,14 @@ from actors.gallery import Gallery
 from actors.journal import Journal
 from actors.loading_board import BoardReader
 from actors.loop_lag import LoopLag
-from actors.messages import Collected, ControllerSettings
+from actors.messages import ControllerSettings
 from actors.metrics import Metrics
 from actors.metrics_gauges import Sources, scrape
 from actors.remote_service import RemoteService
 from actors.run_service import RunService
 from actors.run_store import RunStore
 from actors.scheduler import Assignment, Scheduler
+from actors.unattended import to_the_end, until_done
 from actors.viewer import Viewer
 from actors.weight_keeper import WeightKeeper
 from actors.worker_pool import WorkerPool
@@ -59,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 # How often leases are looked through for expired ones.
 EXPIRE_S = 0.5
+# Without a figure that moves: what shows it again and again shows it once.
+STARTING = "the cluster is starting and not ready yet; GET /v1/loading/progress says how far its engines are"
 
 
 class Controller:
@@ -74,7 +77,7 @@ class Controller:
         self._pool = WorkerPool(
             settings,
             self._scheduler,
-            on_collected=self._collected,
+            on_collected=lambda worker, collected: self._service.accept(worker, collected),
             on_given_up=self._given_up,
             dispatch=self._dispatch,
             metrics=self._metrics,
@@ -118,21 +121,24 @@ class Controller:
 
     async def connect(self) -> EngineInfo:
         """Connect to the engines, take up what the journal has, and begin. Raises EngineTimeout."""
-        self._engine = await self._pool.connect()
+        if self._engine is None:
+            self._engine = await self._pool.connect()
         self._store.recover(self._recovered)
         self._weights = await self._keep_weights()
-        loop = asyncio.get_running_loop()
-        work = (self._expire(), self._weights.keep(), self._lag.watch())
-        self._loops = [loop.create_task(each) for each in work]
+        self._loops = [asyncio.create_task(w) for w in (self._expire(), self._weights.keep(), self._lag.watch())]
         await self._remote.begin(self._recovered_remote)
         self._ready.set()
         self._dispatch()
         return self._engine
 
     async def come_back(self) -> None:
-        """After a death: everything that `rollout up` would ask for."""
+        """After a death: everything that `rollout up` would ask for. With a node gone, it may take some attempts."""
         logger.warning("the controller was started again; %d runs are in the journal", len(self._recovered.runs))
-        await self.spawn_workers()
+        await until_done("taking up the work again", self._come_back)
+
+    async def _come_back(self) -> None:
+        if self._engine is None:
+            await self.spawn_workers()
         await self.connect()
 
     async def current_weights(self) -> tuple[int, WeightSource | None]:
@@ -156,26 +162,29 @@ class Controller:
     async def create_run(self, request: RunRequest) -> RunInfo:
         """A new run."""
         await self._until_ready()
-        return await self._service.create(request)
+        return await to_the_end(self._service.create(request))
 
     async def submit(self, run: str, tasks: Sequence[Task]) -> Submitted:
         """Tasks for a run."""
         await self._until_ready()
-        return await self._service.submit(run, tasks)
+        return await to_the_end(self._service.submit(run, tasks))
 
     async def pause(self, run: str, paused: bool = True) -> RunInfo:
         """Hold a run back, or let it go on."""
         await self._until_ready()
-        return await self._service.pause(run, paused)
+        return await to_the_end(self._service.pause(run, paused))
 
     async def cancel(self, run: str) -> RunInfo:
         """End a run."""
         await self._until_ready()
-        return await self._service.cancel(run)
+        return await to_the_end(self._service.cancel(run))
 
     async def forget(self, run: str) -> None:
         """Drop a run with all it has."""
         await self._until_ready()
+        await to_the_end(self._forget(run))
+
+    async def _forget(self, run: str) -> None:
         await self._service.forget(run)
         self._pool.forget_run(run)
         self._metrics.run_forgotten(run)
@@ -212,24 +221,24 @@ class Controller:
     async def acknowledge(self, lease_id: str) -> Acknowledged:
         """A batch is trained on."""
         await self._until_ready()
-        return await self._delivery.acknowledge(lease_id)
+        return await to_the_end(self._delivery.acknowledge(lease_id))
 
     async def extend(self, lease_id: str, ttl: float) -> float:
         """More time for a batch."""
         await self._until_ready()
-        return await self._delivery.extend(lease_id, ttl)
+        return await to_the_end(self._delivery.extend(lease_id, ttl))
 
     async def release(self, lease_id: str) -> None:
         """Give a batch back."""
         await self._until_ready()
-        await self._delivery.release(lease_id)
+        await to_the_end(self._delivery.release(lease_id))
 
     # Captured sessions (see CaptureService)
 
     async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
         """An address for one black-box agent."""
         await self._until_ready()
-        return await self._capture.open(run, task, limits)
+        return await to_the_end(self._capture.open(run, task, limits))
 
     async def session_info(self, session: str) -> CapturedSession:
         """A session at this moment."""
@@ -247,7 +256,7 @@ class Controller:
     async def close_session(self, session: str, cancel: bool) -> CapturedSession:
         """Turn its calls into a trajectory."""
         await self._until_ready()
-        return await self._capture.close(session, cancel=cancel)
+        return await to_the_end(self._capture.close(session, cancel=cancel))
 
     async def begin_call(self, session: str, request_id: str) -> None:
         """An engine is about to serve a session's request."""
@@ -268,11 +277,11 @@ class Controller:
 
     async def add_agent(self, agent: NamedAgent) -> AddedAgents:
         """Serve one more."""
-        return await self._agents.add(agent)
+        return await to_the_end(self._agents.add(agent))
 
     async def remove_agent(self, name: str) -> AddedAgents:
         """Serve it no more."""
-        return await self._agents.remove(name)
+        return await to_the_end(self._agents.remove(name))
 
     async def hold_turn(self, turn: HeldTurn) -> None:
         """A turn goes back to its client, who runs the rest of its tools."""
@@ -288,7 +297,8 @@ class Controller:
         """One of RemoteService's operations."""
         await self._until_ready()
         try:
-            return await getattr(self._remote, ask)(*arguments)
+            work = getattr(self._remote, ask)(*arguments)
+            return await (to_the_end(work) if ask == "accept" else work)
         except RolloutError as failure:
             if ask == "accept":
                 self._metrics.remote_refused(busy=isinstance(failure, BusyError))
@@ -300,7 +310,7 @@ class Controller:
         """Bring new weights to all engines."""
         await self._until_ready()
         assert self._weights is not None
-        return await self._weights.update(source, version)
+        return await to_the_end(self._weights.update(source, version))
 
     async def weights(self) -> dict[str, Any]:
         """Version, source and replicas, as plain data."""
@@ -319,6 +329,12 @@ class Controller:
         return self._weights.replicas.serving() if self._weights is not None else []
 
     # Looking (see Viewer)
+
+    async def look(self, what: str, *arguments: Any) -> Any:
+        """`weights`, `runs` or one of Viewer's at once. Raises UnavailableError where the others wait."""
+        if not self._ready.is_set():
+            raise UnavailableError(STARTING)
+        return await getattr(self, what)(*arguments)
 
     async def trajectories(self, run: str | None, query: TrajectoryQuery) -> TrajectoryPage:
         """A page of the recent trajectories."""
@@ -392,16 +408,18 @@ class Controller:
     async def _keep_weights(self) -> WeightKeeper:
         from ray import serve
 
-        worker = self._settings.worker
-        handle = serve.get_deployment_handle(worker.deployment, worker.app)
-
-        async def remember(version: int, source: WeightSource, state: str) -> None:
-            await self._store.write(records.put_weights(version, source, state))
-
-        keeper = WeightKeeper(handle, remember, self._service.set_version, self._metrics)
-        keeper.restore(self._recovered.version, self._recovered.source, self._recovered.last_version)
+        handle = serve.get_deployment_handle(self._settings.worker.deployment, self._settings.worker.app)
         # The first call makes the handle's router, which is what tells the board of the replicas.
-        await handle.describe.remote()
+        async with asyncio.timeout(self._settings.start_timeout):
+            await handle.describe.remote()
+        keeper = WeightKeeper(
+            handle,
+            lambda version, source, state: self._store.write(records.put_weights(version, source, state)),
+            self._service.set_version,
+            self._metrics,
+            on_unfit=self._pool.avoid,
+        )
+        keeper.restore(self._recovered.version, self._recovered.source, self._recovered.last_version)
         return keeper
 
     def _told(self, info: RunInfo) -> RunInfo:
@@ -416,14 +434,9 @@ class Controller:
             for run, mine in by_run.items():
                 self._pool.start(worker, self._service.spec(run), mine)
 
-    async def _collected(self, worker: str, collected: Collected) -> None:
-        await self._service.accept(worker, collected)
-
     async def _given_up(self, assignments: list[Assignment]) -> None:
-        attempts = assignments[0].attempt
-        await self._store.give_up(
-            assignments, "error", WorkerDied(f"session workers died over this session {attempts} times")
-        )
+        failure = WorkerDied(f"session workers died over this session {assignments[0].attempt} times")
+        await self._store.give_up(assignments, "error", failure)
 
     async def _expire(self) -> None:
         while True:

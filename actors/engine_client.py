@@ -78,6 +78,7 @@ class EngineClient:
         self._margin = sticky_margin
         self._lanes: dict[str, Lane] = {}
         self._suspects: dict[str, float] = {}
+        self._avoided: frozenset[str] = frozenset()
         self._held_by: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._serial = itertools.count()
@@ -112,7 +113,7 @@ class EngineClient:
         return {
             name: ReplicaLoad(lane.in_flight, lane.version)
             for name, lane in self._lanes.items()
-            if lane.broken is None and self._suspects.get(name, 0.0) <= now
+            if lane.broken is None and self._suspects.get(name, 0.0) <= now and name not in self._avoided
         }
 
     async def generate(
@@ -139,6 +140,11 @@ class EngineClient:
                 self._suspects[lane.replica] = loop.time() + SUSPECT_S
                 failure = died
         raise EngineDied(f"{MAX_RESENDS + 1} replicas died over this turn; the last: {failure}")
+
+    def avoid(self, replicas: frozenset[str]) -> None:
+        """Send these replicas nothing more, and the others again. What they hold, they may finish."""
+        self._avoided = replicas
+        self._changed.set()
 
     def forget(self, session_id: str) -> None:
         """A session has ended: its prefix needs no replica any more."""

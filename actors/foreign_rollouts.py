@@ -15,22 +15,34 @@ from typing import TypeVar
 
 import httpx
 
-from actors.messages import ForeignSettings, RunSpec, WorkerSettings
+from actors.messages import ForeignNews, ForeignSettings, RunSpec, WorkerSettings
 from actors.scheduler import Assignment
 from rollout.api import EnvironmentRef
 from rollout.engine import Engine
 from rollout.environment import EnvironmentFactory
-from rollout.errors import ConflictError, NotFoundError, RefusedError, UnavailableError
+from rollout.errors import (
+    ConflictError,
+    NotFoundError,
+    RefusedError,
+    RemoteDied,
+    RemoteError,
+    UnavailableError,
+)
 from rollout.remote.foreign_client import ForeignClient
 from rollout.remote.foreign_session import ForeignSession, Trainer
 from rollout.remote.hosts import AllowedHosts, HostRefused
 from rollout.remote.wire import CompletionRequest, CompletionResponse, RolloutResponse
 from rollout.rendering import ChatRenderer
+from rollout.trajectory import Trajectory
 
 # Sessions of one run that a worker has played at once; a rollout of generation A holds a connection to its end.
 MAX_SESSIONS = 256
 # Ended rollouts that are remembered.
 MAX_ENDED = 20_000
+# What is told of calls that are not answered; the metrics have a series for the category of each.
+_REFUSALS = (ConflictError, NotFoundError, RefusedError, UnavailableError)
+# Endings of trajectories that are outcomes under their own name, as the metrics have them.
+_OUTCOMES = frozenset({"deadline", "cancelled"})
 
 T = TypeVar("T")
 
@@ -50,8 +62,23 @@ class ForeignRollouts:
         self._clients: dict[str, ForeignClient] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._calls = 0
+        self._news = ForeignNews()
         foreign = settings.foreign
         self._hosts = None if foreign is None else AllowedHosts(foreign.allowed_hosts)
+
+    @property
+    def playing(self) -> int:
+        """Sessions that remote rollout servers play now."""
+        return len(self._sessions)
+
+    def ended(self, trajectory: Trajectory) -> None:
+        """An attempt has ended, whether or not a server ever heard of it."""
+        self._news.ended.append((outcome_of(trajectory), trajectory.timing.total_s))
+
+    def news(self) -> ForeignNews:
+        """What happened since this was last asked."""
+        news, self._news = self._news, ForeignNews()
+        return news
 
     def slots(self, run: str) -> asyncio.Semaphore:
         """The places in which a run's sessions play."""
@@ -96,8 +123,13 @@ class ForeignRollouts:
 
     async def complete(self, rollout_id: str, request: CompletionRequest) -> CompletionResponse:
         """A model call of a rollout. Raises NotFoundError, and what ForeignSession.complete raises."""
-        session = self._get(rollout_id)
-        return await self._counted(lambda: session.complete(request))
+        try:
+            session = self._get(rollout_id)
+            return await self._counted(lambda: session.complete(request))
+        except _REFUSALS as refusal:
+            refused = self._news.refused
+            refused[refusal.category] = refused.get(refusal.category, 0) + 1
+            raise
 
     async def completed(self, rollout_id: str, report: RolloutResponse) -> None:
         """The end of a rollout. The first report counts; repeats are taken and change nothing."""
@@ -150,6 +182,14 @@ class ForeignRollouts:
         self._ended[session.rollout_id] = None
         if len(self._ended) > MAX_ENDED:
             self._ended.popitem(last=False)
+
+
+def outcome_of(trajectory: Trajectory) -> str:
+    """How an attempt ended, in the words of the metrics (`foreign_outcome` in rollout.metrics_catalogue)."""
+    if trajectory.stop_reason != "error":
+        return trajectory.stop_reason if trajectory.stop_reason in _OUTCOMES else "completed"
+    category = (trajectory.error or "").partition(":")[0]
+    return category if category in (RemoteError.category, RemoteDied.category) else "error"
 
 
 NO_GATEWAY = "remote rollout servers ask for every turn at the gateway, and this cluster has none (gateway.enabled)"

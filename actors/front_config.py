@@ -35,8 +35,32 @@ ENGINE_PATHS = (
     "/detokenize",
 )
 
-
+# Those of them whose clients read Anthropic's errors; the others read OpenAI's.
+ANTHROPIC_PATH = "/v1/messages"
 SESSION_HEADER = "x-rollout-session"
+ID_HEADER = "x-correlation-id"
+# The first of each header, as HAProxy looks it up; the second one counts where the first is no id.
+_ID, _OTHER_ID = f"req.fhdr({ID_HEADER},1)", "req.fhdr(x-request-id,1)"
+# What counts as an id: as rollout.correlation has it, or the front and who is behind it would choose different ones.
+UUID_PATTERN = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+
+# What HAProxy answers itself: message, then the error's type as OpenAI and as Anthropic call it. Nothing replaces the
+# pages that its parser has of its own, for what it cannot read as a request (400) or waits for in vain (408).
+_ERRORS = {
+    400: ("the request's body is no HTTP", "invalid_request_error", "invalid_request_error"),
+    404: (
+        "a session serves the model's own paths only, such as /v1/chat/completions",
+        "invalid_request_error",
+        "not_found_error",
+    ),
+    408: ("the request's body did not arrive in time", "invalid_request_error", "timeout_error"),
+    502: ("the connection to the server behind broke", "unavailable", "api_error"),
+    503: ("no engine is ready", "unavailable", "overloaded_error"),
+    504: ("the server behind did not answer in time", "unavailable", "timeout_error"),
+}
+# The beginning and the end of these bodies.
+_OPENAI = ('{"error": {', ', "param": null, "code": null}}')
+_ANTHROPIC = ('{"type": "error", "error": {', '}, "request_id": "%[var(txn.id)]"}')
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,7 @@ def config_text(settings: FrontSettings) -> str:
     """
     paths = " ".join(ENGINE_PATHS)
     below = " ".join(f"{path}/" for path in ENGINE_PATHS)
+    errors = "\n".join(f"    http-error status {status} {_error(status)}" for status in _ERRORS)
     return f"""global
     maxconn {settings.max_connections}
     nbthread 1
@@ -81,18 +106,31 @@ defaults
     retries 2
     retry-on conn-failure
     http-reuse safe
-    http-error status 404 {_error("a session serves the model's own paths only, such as /v1/chat/completions")}
-    http-error status 502 {_error("the connection to the server behind broke")}
-    http-error status 503 {_error("no engine is ready")} hdr Retry-After 1
-    http-error status 504 {_error("the server behind did not answer in time")}
+{errors}
 frontend front
     bind {settings.host}:{settings.port}
+    # One id for a request, whoever answers it: the caller's if it is one, else a new one.
+    http-request set-var(txn.id) {_ID} if {{ {_ID} -m reg -i ^{UUID_PATTERN}$ }}
+    acl has_id var(txn.id) -m found
+    http-request set-var(txn.id) {_OTHER_ID} if !has_id {{ {_OTHER_ID} -m reg -i ^{UUID_PATTERN}$ }}
+    http-request set-var(txn.id) uuid() if !has_id
+    http-request set-header {ID_HEADER} %[var(txn.id)]
+    http-after-response set-header {ID_HEADER} %[var(txn.id)] if !{{ res.hdr({ID_HEADER}) -m found }}
     # A captured session's address: what follows /api is the engine's path, and the header says whose it is.
     http-request del-header {SESSION_HEADER}
     http-request set-header {SESSION_HEADER} %[path,field(4,/)] if {{ path_reg ^/v1/sessions/[^/]+/api/ }}
     http-request replace-path ^/v1/sessions/[^/]+/api(/.*) \\1
     acl engine path {paths}
     acl engine path_beg {below}
+    # How the errors below begin and end is the path's matter; which of their types is meant, each error's own.
+    acl anthropic path {ANTHROPIC_PATH}
+    acl anthropic path_beg {ANTHROPIC_PATH}/
+    http-request set-var(txn.anthropic) bool(false)
+    http-request set-var-fmt(txn.begin) {_quoted(_OPENAI[0])}
+    http-request set-var-fmt(txn.end) {_quoted(_OPENAI[1])}
+    http-request set-var(txn.anthropic) bool(true) if anthropic
+    http-request set-var-fmt(txn.begin) {_quoted(_ANTHROPIC[0])} if anthropic
+    http-request set-var-fmt(txn.end) {_quoted(_ANTHROPIC[1])} if anthropic
     http-request deny deny_status 404 if {{ req.hdr({SESSION_HEADER}) -m found }} !engine
     use_backend engines if engine
     default_backend gateway
@@ -102,16 +140,24 @@ backend engines
     default-server inter {CHECK_MS}ms fastinter 250ms downinter 250ms fall {FALL} rise 1 init-addr none
     server-template engine 1-{SLOTS} 127.0.0.1:1 check disabled
 backend gateway
-    http-error status 503 {_error("the gateway does not answer")} hdr Retry-After 1
+    http-error status 503 {_error(503, "the gateway does not answer")}
     server gateway {settings.gateway}
 """
 
 
-def _error(message: str) -> str:
-    """A body in OpenAI's form of an error, as HAProxy's configuration wants it."""
-    body = f'{{"error": {{"message": "{message}", "type": "unavailable", "param": null, "code": null}}}}'
-    quoted = body.replace("\\", "\\\\").replace('"', '\\"')
-    return f'content-type application/json string "{quoted}"'
+def _error(status: int, message: str = "") -> str:
+    """What HAProxy says in place of its own page, in the form of the path's clients. `message`: another one."""
+    usual, openai, anthropic = _ERRORS[status]
+    kind = f"%[var(txn.anthropic),iif({anthropic},{openai})]"
+    body = f'%[var(txn.begin)]"message": "{message or usual}", "type": "{kind}"%[var(txn.end)]'
+    repeated = " hdr Retry-After 1" if status == 503 else ""
+    return f"content-type application/json lf-string {_quoted(body)}{repeated}"
+
+
+def _quoted(text: str) -> str:
+    """One word of HAProxy's configuration."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 class Slots:

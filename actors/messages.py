@@ -181,6 +181,18 @@ class WorkerStats:
     replicas: dict[str, int] = field(default_factory=dict)
     """Requests in flight by replica, as this worker sees them."""
     rss_mb: float = 0.0
+    foreign: int = 0
+    """Sessions that remote rollout servers play."""
+
+
+@dataclass(slots=True)
+class ForeignNews:
+    """What sessions at remote rollout servers came to, for the metrics."""
+
+    ended: list[tuple[str, float]] = field(default_factory=list)
+    """Of each attempt that ended: its outcome (rollout.metrics_catalogue) and seconds."""
+    refused: dict[str, int] = field(default_factory=dict)
+    """Calls of rollout servers that were not answered, by reason."""
 
 
 @dataclass(slots=True)
@@ -192,3 +204,5 @@ class Collected:
     summaries: list[Summary]
     """One for each attempt, with its place in `rows`."""
     stats: WorkerStats
+    foreign: ForeignNews = field(default_factory=ForeignNews)
+    """Since the last time."""

@@ -29,9 +29,10 @@ from prometheus_client import (
 from prometheus_client.metrics import MetricWrapperBase
 
 from actors.leases import LeaseState
-from actors.messages import Figures, Summary, WorkerStats
+from actors.messages import Figures, ForeignNews, Summary, WorkerStats
 from rollout.metrics_catalogue import (
     CATALOGUE,
+    LABELS,
     MAX_REASONS,
     MAX_RUNS,
     MAX_TOOLS,
@@ -58,11 +59,13 @@ _CLASSES: dict[str, type[MetricWrapperBase]] = {"counter": Counter, "gauge": Gau
 class Values:
     """The values of one open label: the first `limit` have their own series, the rest share `other`."""
 
-    def __init__(self, limit: int, on_evicted: Callable[[str], None] = lambda _: None) -> None:
-        """`on_evicted`: told of a value that has made room for a new one."""
+    def __init__(
+        self, limit: int, on_evicted: Callable[[str], None] = lambda _: None, known: Iterable[str] = ()
+    ) -> None:
+        """`on_evicted`: told of a value that has made room for a new one. `known`: values with a place already."""
         self._limit = limit
         self._on_evicted = on_evicted
-        self._known: dict[str, None] = {}
+        self._known: dict[str, None] = dict.fromkeys(known)
         self._free: dict[str, None] = {}
         """Values that may go when a new one comes, oldest first."""
 
@@ -102,8 +105,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._families = {name: self._make(metric) for name, metric in CATALOGUE.items()}
         self._runs = Values(MAX_RUNS, self._drop_run)
-        self._tools, self._reasons = Values(MAX_TOOLS), Values(MAX_REASONS)
-        self._forks, self._categories = Values(MAX_REASONS), Values(MAX_REASONS)
+        self._tools, self._forks = Values(MAX_TOOLS), Values(MAX_REASONS)
+        self._drops, self._replacements, self._categories = (
+            Values(MAX_REASONS, known=LABELS[name].known) for name in ("drop_reason", "replace_reason", "category")
+        )
         self._rewards: dict[str, deque[float]] = {}
         self._resends: dict[str, int] = {}
         self._replicas: frozenset[str] = frozenset()
@@ -117,7 +122,7 @@ class Metrics:
         """Its series begin at 0, so that the first increment is seen as one."""
         name = self._runs(run)
         for family, metric in CATALOGUE.items():
-            rest = [label(metric, other).values for other in label_names(metric) if other != "run"]
+            rest = [label(metric, other).at_birth for other in label_names(metric) if other != "run"]
             if metric.kind != "gauge" and "run" in metric.labels and all(rest):
                 for values in itertools.product(*rest):
                     others = dict(zip((n for n in label_names(metric) if n != "run"), values, strict=True))
@@ -179,11 +184,11 @@ class Metrics:
 
     def dropped(self, run: str, reason: str) -> None:
         """A group will never be delivered."""
-        self.add("rollout_groups_dropped_total", run=self._runs(run), reason=self._reasons(reason))
+        self.add("rollout_groups_dropped_total", run=self._runs(run), reason=self._drops(reason))
 
     def replaced(self, run: str, reason: str) -> None:
         """A group is played again."""
-        self.add("rollout_groups_replaced_total", run=self._runs(run), reason=self._reasons(reason))
+        self.add("rollout_groups_replaced_total", run=self._runs(run), reason=self._replacements(reason))
 
     def leased(self) -> None:
         """A batch was handed out."""
@@ -243,7 +248,7 @@ class Metrics:
         self.add("rollout_weight_updates_total", outcome="refused" if refused else "failed")
         self.add("rollout_weight_replica_failures_total", replicas)
 
-    # Captured sessions and remote rollouts
+    # Captured sessions, and remote rollouts in both directions
 
     def captured(self, calls: int, lost: bool) -> None:
         """An engine has reported a request of a captured session."""
@@ -253,6 +258,16 @@ class Metrics:
     def remote_refused(self, busy: bool) -> None:
         """A foreign trainer's rollout was not accepted."""
         self.add("rollout_remote_refused_total", reason="busy" if busy else "invalid")
+
+    def foreign(self, news: ForeignNews) -> None:
+        """What a worker's sessions at remote rollout servers came to since it was last asked."""
+        for outcome, seconds in news.ended:
+            self.add("rollout_foreign_finished_total", outcome=outcome)
+            # One that ended before it began has no duration.
+            if seconds:
+                self.observe("rollout_foreign_seconds", seconds)
+        for reason, calls in news.refused.items():
+            self.add("rollout_foreign_refused_total", calls, reason=reason)
 
     # Any metric, by its name in the catalogue
 
@@ -300,10 +315,10 @@ class Metrics:
         names = label_names(metric)
         options: dict[str, Any] = {"buckets": metric.buckets} if metric.kind == "histogram" else {}
         family = _CLASSES[metric.kind](metric.name, metric.help, names, registry=self.registry, **options)
-        closed = [label(metric, name).values for name in names]
-        if names and metric.kind != "gauge" and all(closed):
-            # Counters that are not there yet make rates begin with a gap.
-            for values in itertools.product(*closed):
+        known = [label(metric, name).at_birth for name in names]
+        if names and metric.kind != "gauge" and all(known):
+            # A counter that is born at 1 has not increased for Prometheus: no alert would see the first event.
+            for values in itertools.product(*known):
                 family.labels(*values)
         return family
 

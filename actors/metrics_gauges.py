@@ -121,6 +121,7 @@ def _journal(metrics: Metrics, store: RunStore) -> None:
 
 def _workers(metrics: Metrics, workers: Sequence[WorkerStats]) -> None:
     metrics.set("rollout_workers", len(workers))
+    metrics.set("rollout_foreign_rollouts", sum(stats.foreign for stats in workers))
     ordered = sorted(workers, key=lambda stats: stats.worker_id)
     for stats in ordered[:MAX_WORKERS]:
         _worker(metrics, stats.worker_id, [stats])

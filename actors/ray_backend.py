@@ -1,7 +1,9 @@
 """The batch rollout API inside the cluster: calls to the controller actor, batches through Ray's object store.
 
 Invariant: a batch's arrays are not copied on the way: Ray maps the sealed object into the trainer's memory. While the
-controller is being started again, calls wait and are repeated, each idempotent on the other side.
+controller is being started again, calls wait and are repeated, each idempotent on the other side. Only looks, which
+change nothing, may be told to fail at once: people and probes ask again by themselves, and want to know why. A caller
+that goes away ends what only waits, never a change.
 """
 
 from __future__ import annotations
@@ -48,8 +50,14 @@ AGENTS_SECONDS = 5.0
 class RayBackend:
     """Implements rollout.backend.Backend for a driver or actor of the cluster's Ray."""
 
-    def __init__(self, namespace: str | None = None, *, patience: float = PATIENCE_S) -> None:
-        """`namespace`: the cluster's name; None: this driver's. Raises UnavailableError without a controller."""
+    def __init__(
+        self, namespace: str | None = None, *, patience: float = PATIENCE_S, looks_wait: bool = True
+    ) -> None:
+        """`namespace`: the cluster's name; None: this driver's. Raises UnavailableError without a controller.
+
+        `patience`: seconds in which a dead controller is asked again. `looks_wait`: False: runs, weights and what the
+        viewer shows raise UnavailableError at once while the cluster starts, or its controller comes back.
+        """
         import ray
 
         try:
@@ -59,6 +67,7 @@ class RayBackend:
                 f"Ray namespace {namespace or 'of this driver'} has no controller; start one with `rollout up`"
             ) from None
         self._patience = patience
+        self._looks_wait = looks_wait
 
     async def create_run(self, request: RunRequest) -> RunInfo:
         """See Backend."""
@@ -70,7 +79,7 @@ class RayBackend:
 
     async def lease(self, run: str, request: LeaseRequest) -> Batch | NoBatch:
         """See Backend."""
-        return await self._call("lease", run, request, seconds=request.timeout + CALL_SECONDS)
+        return await self._call("lease", run, request, seconds=request.timeout + CALL_SECONDS, waits=True)
 
     async def fetch(self, lease_id: str) -> Batch:
         """See Backend."""
@@ -106,11 +115,11 @@ class RayBackend:
 
     async def runs(self) -> list[RunInfo]:
         """See Backend."""
-        return await self._call("runs")
+        return await self._look("runs")
 
     async def watch(self, run: str, timeout: float) -> RunInfo:
         """See Backend."""
-        return await self._call("watch", run, timeout, seconds=timeout + CALL_SECONDS)
+        return await self._call("watch", run, timeout, seconds=timeout + CALL_SECONDS, waits=True)
 
     async def update_weights(self, source: WeightSource, version: int | None) -> WeightReport:
         """See Backend."""
@@ -120,7 +129,7 @@ class RayBackend:
 
     async def weights(self) -> dict[str, Any]:
         """See Backend."""
-        return await self._call("weights")
+        return await self._look("weights")
 
     async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
         """See Backend."""
@@ -146,15 +155,15 @@ class RayBackend:
 
     async def trajectories(self, run: str | None, query: TrajectoryQuery) -> TrajectoryPage:
         """See rollout.viewing.Viewing."""
-        return await self._call("trajectories", run, query)
+        return await self._look("trajectories", run, query)
 
     async def trajectory(self, trajectory_id: str) -> TrajectoryRows:
         """See rollout.viewing.Viewing."""
-        return await self._call("trajectory", trajectory_id)
+        return await self._look("trajectory", trajectory_id)
 
     async def history(self, run: str) -> History:
         """See rollout.viewing.Viewing."""
-        return await self._call("history", run)
+        return await self._look("history", run)
 
     async def added_agents(self, known: int | None) -> AddedAgents | None:
         """See deployments.agents.AgentKeeper."""
@@ -182,7 +191,9 @@ class RayBackend:
 
     async def remote_result(self, rollout_id: str, timeout: float) -> RolloutResponse | None:
         """See rollout.remote.order.RemoteRollouts."""
-        return await self._call("remote_rollout", "result", rollout_id, timeout, seconds=timeout + CALL_SECONDS)
+        return await self._call(
+            "remote_rollout", "result", rollout_id, timeout, seconds=timeout + CALL_SECONDS, waits=True
+        )
 
     async def remote_tools(self) -> list[dict[str, Any]]:
         """See rollout.remote.order.RemoteRollouts."""
@@ -203,7 +214,20 @@ class RayBackend:
     async def close(self) -> None:
         """See Backend."""
 
-    async def _call(self, name: str, *arguments: Any, seconds: float = CALL_SECONDS, repeat: bool = True) -> Any:
+    async def _look(self, what: str, *arguments: Any) -> Any:
+        if self._looks_wait:
+            return await self._call(what, *arguments)
+        return await self._call("look", what, *arguments, repeat=False)
+
+    async def _call(
+        self,
+        name: str,
+        *arguments: Any,
+        seconds: float = CALL_SECONDS,
+        repeat: bool = True,
+        waits: bool = False,
+    ) -> Any:
+        """`waits`: it waits for others, and ends with its caller. Everything else goes to its end, heard or not."""
         from ray.exceptions import RayActorError, RayTaskError
 
         loop = asyncio.get_running_loop()
@@ -216,15 +240,21 @@ class RayBackend:
             except TimeoutError:
                 raise UnavailableError(f"the controller did not answer {name} within {seconds:g} s") from None
             except asyncio.CancelledError:
-                _give_up(reference)
+                if waits:
+                    _give_up(reference)
                 raise
             except RayTaskError as failure:
                 raise failure.cause if isinstance(failure.cause, RolloutError) else failure from None
             except RayActorError as failure:
                 # Dead, or being started again.
                 if not repeat or loop.time() >= deadline:
-                    raise UnavailableError(f"the controller is gone: {str(failure).splitlines()[0]}") from None
+                    raise UnavailableError(f"the controller is gone: {_first_line(failure)}") from None
             await asyncio.sleep(PAUSE_S)
+
+
+def _first_line(failure: Exception) -> str:
+    """Of its text, which may be a stack; its name where it has none."""
+    return (str(failure) or type(failure).__name__).splitlines()[0]
 
 
 def _give_up(reference: Any) -> None:

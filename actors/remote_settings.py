@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.limits import Limits
-from rollout.remote.tokenizers import TokenizerSpec
+from rollout.remote.tokenizers import LOAD_SECONDS, TokenizerSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class RemoteSettings:
     def rollout_seconds(self) -> float:
         """Deadline of one rollout, from its start in a worker."""
         return self.limits.session_seconds
+
+    @property
+    def worker_seconds(self) -> float:
+        """The most that a worker takes for a rollout: beside the session's own deadline a tokenizer may have to be
+        loaded before it, and the environment scores and closes after it."""
+        return self.rollout_seconds + LOAD_SECONDS + 2 * self.limits.environment_seconds
 
     @property
     def agent_loop(self) -> str:

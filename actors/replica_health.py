@@ -25,7 +25,7 @@ class Health(Enum):
     STALE = "stale"
     """It lives, with other weights than the current ones."""
     SUSPECT = "suspect"
-    """It did not answer, or could not load; it is asked again."""
+    """It did not answer, could not load, or carries other weights than it says; it is asked again."""
 
 
 @dataclass(slots=True)
@@ -40,6 +40,8 @@ class ReplicaState:
     """In a row."""
     reason: str | None = None
     """Of the last failure."""
+    reload: bool = False
+    """What it says of its version is not to be trusted until it has loaded the current weights once more."""
 
 
 class ReplicaTable:
@@ -59,6 +61,15 @@ class ReplicaTable:
         if (state := self._states.get(name)) is not None:
             self._states[name] = ReplicaState(version, state.address if address is None else address)
 
+    def doubted(self, name: str) -> None:
+        """A replica may carry other weights than it says: whatever it answers, it must load the current ones."""
+        if (state := self._states.get(name)) is not None:
+            state.reload = True
+
+    def doubtful(self) -> frozenset[str]:
+        """Replicas that must not be used although they say that they carry the current version."""
+        return frozenset(name for name, state in self._states.items() if state.reload)
+
     def failed(self, name: str, reason: str) -> None:
         """A replica did not answer, or could not load."""
         if (state := self._states.get(name)) is not None:
@@ -68,7 +79,7 @@ class ReplicaTable:
     def health(self, name: str) -> Health:
         """State of a replica. Raises KeyError."""
         state = self._states[name]
-        if state.failures:
+        if state.failures or state.reload:
             return Health.SUSPECT
         return Health.HEALTHY if state.version == self.current else Health.STALE
 
@@ -83,7 +94,9 @@ class ReplicaTable:
     def serving(self) -> list[str]:
         """Addresses of the servers whose replicas carry the current version, or one that is about to become it."""
         states = self._states.values()
-        fit = (s for s in states if not s.failures and s.version is not None and s.version >= self.current)
+        fit = (
+            s for s in states if not (s.failures or s.reload) and s.version is not None and s.version >= self.current
+        )
         return sorted(state.address for state in fit if state.address)
 
     def names(self) -> list[str]:

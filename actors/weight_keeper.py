@@ -2,7 +2,8 @@
 
 Invariant: a version becomes current only when at least one replica has read it back from every rank; before that it
 is journaled as pending, so that its number is never used for anything else. Replicas that did not take it get no
-sessions, are tried again, and are given up after MAX_FAILURES. A refused update changes nothing.
+sessions, are tried again, and are given up after MAX_FAILURES. A refused update changes nothing; one that is asked
+for again by its number is not done again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ UPDATE_SECONDS = 600.0
 DESCRIBE_SECONDS = 10.0
 # How often replicas are looked at between updates.
 RECONCILE_S = 2.0
+READ_SECONDS = 60.0
 
+ODD = "its checksums differ from those of the other replicas"
+
+Checksums = tuple[tuple[int, str], ...]
 Remember = Callable[[int, WeightSource, str], Awaitable[None]]
 """Write an update into the journal: version, source, state."""
 
@@ -37,12 +42,25 @@ class WeightKeeper:
     """Brings weights to all replicas of one engine deployment."""
 
     def __init__(
-        self, handle: Any, remember: Remember, on_version: Callable[[int], None], metrics: Metrics | None = None
+        self,
+        handle: Any,
+        remember: Remember,
+        on_version: Callable[[int], None],
+        metrics: Metrics | None = None,
+        *,
+        on_unfit: Callable[[frozenset[str]], None] = lambda _: None,
     ) -> None:
-        """`handle`: Serve's. `on_version`: told when a version has become current. `metrics`: see RunStore."""
+        """`handle`: Serve's. `on_version`: told when a version has become current. `metrics`: see RunStore.
+
+        `on_unfit`: told which replicas get no sessions although they say that they carry the newest version.
+        """
         self._handle = handle
         self._remember = remember
         self._on_version = on_version
+        self._on_unfit = on_unfit
+        self._unfit: frozenset[str] = frozenset()
+        self._checksums: Checksums | None = None
+        """What every replica must read back that loads the current version; None: not known."""
         self._metrics = metrics or Metrics()
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
@@ -64,10 +82,13 @@ class WeightKeeper:
         """Bring new weights to all replicas.
 
         Raises RefusedError (nothing has changed), ConflictError for a version that is not new, UnavailableError where
-        there is no replica or none could take them (the old ones are still served).
+        there is no replica or none could take them (the old ones are still served). The current version from the same
+        source once more is a trainer that did not hear the answer: it gets the report of what was done.
         """
         async with self._lock:
             started = time.monotonic()
+            if version is not None and version == self.version and source == self.source:
+                return await self._report()
             number = self.last_version + 1 if version is None else version
             if number <= self.last_version:
                 raise ConflictError(
@@ -85,7 +106,15 @@ class WeightKeeper:
                 raise
             self.last_version = number
             await self._remember(number, source, "pending")
-            done, failed = await self._load(names, source, number)
+            try:
+                done, failed = await self._load(names, source, number)
+            except BaseException:
+                # They may go on loading: what they say now tells nothing of what they will carry.
+                for name in names:
+                    self.replicas.doubted(name)
+                raise
+            finally:
+                self._tell_unfit()
             if not done:
                 self._metrics.weights_failed(refused=False, replicas=len(failed))
                 await self._remember(number, source, "failed")
@@ -93,7 +122,7 @@ class WeightKeeper:
                     f"no replica took version {number}; version {self.version} is still served. {_reasons(failed)}"
                 )
             await self._remember(number, source, "current")
-            self.version, self.source = number, source
+            self.version, self.source, self._checksums = number, source, checksums(done[0])
             self.replicas.current = number
             self._on_version(number)
             self.last_report = WeightReport(
@@ -112,11 +141,19 @@ class WeightKeeper:
             await asyncio.sleep(RECONCILE_S)
             if self._lock.locked():
                 continue
-            async with self._lock:
-                await asyncio.gather(*(self._reconcile(name) for name in self.replicas.to_update()))
-                for name in self.replicas.to_give_up():
-                    logger.warning("replica %s is given up: %s", name, self.replicas.status()[name]["reason"])
-                    await self._call(name, "give_up", DESCRIBE_SECONDS, swallow=True)
+            try:
+                async with self._lock:
+                    await self._round()
+            except Exception:
+                logger.exception("the replicas' weights could not be looked after; it is tried again")
+
+    async def _round(self) -> None:
+        await asyncio.gather(*(self._reconcile(name) for name in self.replicas.to_update()))
+        self._tell_unfit()
+        for name in self.replicas.to_give_up():
+            # Serve may take it off its list while another one is given up.
+            logger.warning("replica %s is given up: %s", name, self.replicas.status().get(name, {}).get("reason"))
+            await self._call(name, "give_up", DESCRIBE_SECONDS, swallow=True)
 
     def close(self) -> None:
         """Stop listening."""
@@ -149,10 +186,12 @@ class WeightKeeper:
         odd = odd_ones(done)
         for name in odd:
             del done[name]
-            failed[name] = "its checksums differ from those of the other replicas"
+            failed[name] = ODD
         for name, reason in failed.items():
             logger.warning("replica %s did not take version %d: %s", name, version, reason)
             self.replicas.failed(name, reason)
+        for name in odd:
+            self.replicas.doubted(name)
         for name in done:
             self.replicas.answered(name, version)
         return list(done.values()), failed
@@ -161,12 +200,22 @@ class WeightKeeper:
         """Ask a replica what it carries, and give it the current weights if they are others."""
         try:
             info = await self._call(name, "describe", DESCRIBE_SECONDS)
-            if info.version != self.version:
-                if self.source is None or isinstance(self.source, TransferSource):
-                    # The served model's own weights come with a restart; what came over the wire is gone.
+            doubtful = name in self.replicas.doubtful()
+            if info.version != self.version or doubtful:
+                if isinstance(self.source, TransferSource):
+                    # What came over the wire is gone, and a restart would not bring it back: the next update does.
+                    if not doubtful:
+                        self.replicas.answered(name, info.version, info.address)
+                    return
+                if self.source is None:
+                    # The served model's own weights come with a restart.
                     self.replicas.failed(name, f"it carries version {info.version} and cannot load {self.version}")
                     return
-                await self._call(name, "update_weights", UPDATE_SECONDS, self.source, self.version)
+                loaded = await self._call(name, "update_weights", UPDATE_SECONDS, self.source, self.version)
+                if self._checksums is not None and checksums(loaded) != self._checksums:
+                    self.replicas.doubted(name)
+                    self.replicas.failed(name, ODD)
+                    return
             self.replicas.answered(name, self.version, info.address)
         except Exception as failure:
             self.replicas.failed(name, f"{type(failure).__name__}: {failure}")
@@ -186,6 +235,31 @@ class WeightKeeper:
             raise failure
         return None
 
+    async def _report(self) -> WeightReport:
+        """Of the current version: as it was made, or read back where that was before a restart of the controller."""
+        if self.last_report is not None and self.last_report.version == self.version:
+            return self.last_report
+        names = self.replicas.names()
+        answers = await asyncio.gather(
+            *(self._call(name, "weights", READ_SECONDS) for name in names), return_exceptions=True
+        )
+        done: list[ReplicaWeights] = []
+        failed: dict[str, str] = {}
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, BaseException):
+                failed[name] = f"{type(answer).__name__}: {answer}"
+            elif answer.version != self.version:
+                failed[name] = f"it carries version {answer.version}"
+            else:
+                done.append(answer)
+        return WeightReport(self.version, 0.0, 0.0, done, failed)
+
+    def _tell_unfit(self) -> None:
+        unfit = self.replicas.doubtful()
+        if unfit != self._unfit:
+            self._unfit = unfit
+            self._on_unfit(unfit)
+
     def _hear(self, names: frozenset[str]) -> None:
         # The board calls from the router's thread.
         if not self._loop.is_closed():
@@ -196,9 +270,14 @@ class WeightKeeper:
         self._metrics.replicas_listed(names)
 
 
+def checksums(replica: ReplicaWeights) -> Checksums:
+    """What each rank read back."""
+    return tuple((rank.rank, rank.checksum) for rank in replica.ranks)
+
+
 def odd_ones(replicas: dict[str, ReplicaWeights]) -> list[str]:
     """Replicas whose checksums are not those that most of them have."""
-    kinds = {name: tuple((rank.rank, rank.checksum) for rank in replica.ranks) for name, replica in replicas.items()}
+    kinds = {name: checksums(replica) for name, replica in replicas.items()}
     if len(set(kinds.values())) <= 1:
         return []
     usual, _ = Counter(kinds.values()).most_common(1)[0]

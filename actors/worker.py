@@ -7,6 +7,8 @@ that fails in any way, even in being written down, harms no other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import gc
 import logging
 import time
@@ -34,12 +36,14 @@ from rollout.rendering import load_renderer
 from rollout.session import Session
 from rollout.token_model import TokenModel
 from rollout.tool_calls import abandoned_threads
-from rollout.trajectory import SessionKey, Trajectory
+from rollout.trajectory import SessionKey, StopReason, Trajectory
 
 logger = logging.getLogger(__name__)
 
 # Finished sessions wait this long for others to travel with.
 COLLECT_S = 0.02
+# Cancelled sessions get so long to close their environments when the worker ends; the pool waits a second longer.
+CLOSE_SECONDS = 4.0
 # Sessions are long-lived objects in large numbers; the default thresholds make the collector walk all of them
 # again and again (a third of the CPU at 10,000 sessions). They hold few cycles, so it may come more rarely.
 GC_THRESHOLD = (100_000, 20, 50)
@@ -70,6 +74,7 @@ class SessionWorker:
         self._some_finished = asyncio.Event()
         self._lag = LoopLag()
         self._lag_task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._process = psutil.Process()
 
     async def connect(self, timeout: float) -> EngineInfo:
@@ -101,9 +106,11 @@ class SessionWorker:
 
     async def start(self, spec: RunSpec, assignments: list[Assignment]) -> None:
         """Begin sessions; returns at once."""
+        self._loop = asyncio.get_running_loop()
         for assignment in assignments:
             trajectory_id = assignment.key.trajectory_id
             task = asyncio.create_task(self._play(spec, assignment))
+            task.add_done_callback(functools.partial(self._unbegun, spec, assignment))
             self._sessions[trajectory_id] = task
 
     async def cancel(self, trajectory_ids: list[str]) -> None:
@@ -112,6 +119,11 @@ class SessionWorker:
             task = self._sessions.get(trajectory_id)
             if task is not None:
                 task.cancel()
+
+    async def avoid(self, replicas: frozenset[str]) -> None:
+        """Replicas that carry what they should not: they get no turns. Said again once this worker is connected."""
+        if self._engine is not None:
+            self._engine.avoid(replicas)
 
     async def foreign_complete(self, rollout_id: str, request: CompletionRequest) -> CompletionResponse:
         """A model call of a remote rollout server. Raises ApiError, EngineError."""
@@ -141,9 +153,9 @@ class SessionWorker:
         self._some_finished.clear()
         finished, self._finished = self._finished, []
         if not finished:
-            return Collected(None, [], self.stats())
+            return Collected(None, [], self.stats(), self._foreign.news())
         rows, summaries = to_rows(finished, self._markers)
-        return Collected(rows, summaries, self.stats())
+        return Collected(rows, summaries, self.stats(), self._foreign.news())
 
     def stats(self) -> WorkerStats:
         """This worker's figures now."""
@@ -157,17 +169,28 @@ class SessionWorker:
             abandoned_threads=abandoned_threads(),
             replicas={name: load.in_flight for name, load in engine.replicas.items()} if engine else {},
             rss_mb=self._process.memory_info().rss / 2**20,
+            foreign=self._foreign.playing,
         )
 
     async def close(self) -> None:
-        """Release what outlives a process badly: MCP servers are child processes."""
-        for task in self._sessions.values():
+        """Release what outlives a process badly: environments hold sandboxes, MCP servers are child processes."""
+        sessions = list(self._sessions.values())
+        for task in sessions:
             task.cancel()
+        if sessions:
+            await asyncio.wait(sessions, timeout=CLOSE_SECONDS)
         if self._engine is not None:
             self._engine.close()
         await self._foreign.close()
         await self._mcp.close()
         await asyncio.to_thread(tracing.uninstall)
+
+    def __ray_shutdown__(self) -> None:
+        """Ray calls it when the process is told to end (SIGTERM), and has stopped the event loop by then."""
+        loop = self._loop
+        if loop is not None and not loop.is_running() and not loop.is_closed():
+            with contextlib.suppress(Exception):
+                loop.run_until_complete(asyncio.wait_for(self.close(), 1.0 + CLOSE_SECONDS))
 
     async def _play(self, spec: RunSpec, assignment: Assignment) -> None:
         key = assignment.key
@@ -178,13 +201,24 @@ class SessionWorker:
                 trajectory = await self._traced(spec, assignment)
         except Exception as failure:
             # Before there was a session: its environment could not be loaded.
-            trajectory = _failed(assignment, failure)
+            trajectory = _unplayed(assignment, "error", failure)
         except asyncio.CancelledError:
-            trajectory = Trajectory(key, [], "cancelled", list(assignment.task.messages), attempts=assignment.attempt)
-        finally:
-            self._sessions.pop(key.trajectory_id, None)
-            if self._engine is not None:
-                self._engine.forget(key.trajectory_id)
+            trajectory = _unplayed(assignment, "cancelled")
+        self._deliver(spec, assignment, trajectory)
+
+    def _unbegun(self, spec: RunSpec, assignment: Assignment, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step runs nothing of `_play`, not even what catches that."""
+        if task.cancelled():
+            enter_session(assignment.key.run, assignment.key.trajectory_id)
+            self._deliver(spec, assignment, _unplayed(assignment, "cancelled"))
+
+    def _deliver(self, spec: RunSpec, assignment: Assignment, trajectory: Trajectory) -> None:
+        trajectory_id = assignment.key.trajectory_id
+        self._sessions.pop(trajectory_id, None)
+        if self._engine is not None:
+            self._engine.forget(trajectory_id)
+        if _is_foreign(spec, assignment):
+            self._foreign.ended(trajectory)
         _log_end(trajectory)
         self._finished.append(trajectory)
         self._some_finished.set()
@@ -255,13 +289,13 @@ def _log_end(trajectory: Trajectory) -> None:
         )
 
 
-def _failed(assignment: Assignment, failure: Exception) -> Trajectory:
+def _unplayed(assignment: Assignment, stop_reason: StopReason, failure: Exception | None = None) -> Trajectory:
     return Trajectory(
         assignment.key,
         [],
-        "error",
+        stop_reason,
         list(assignment.task.messages),
-        error=describe(failure),
+        error=None if failure is None else describe(failure),
         metadata=assignment.task.metadata,
         attempts=assignment.attempt,
     )

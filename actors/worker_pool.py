@@ -1,7 +1,8 @@
 """The pool of session workers: started, listened to, replaced when they die.
 
 Invariant: a worker that dies or stops answering is found by the call that waits for it, within WEDGED_S; its sessions
-run again elsewhere and a new worker takes its place. No loop of this pool ends in silence.
+run again elsewhere and a new worker takes its place. So does one in which too many synchronous calls hang: it would
+play nothing more, and being the least loaded, draw all that waits. No loop of this pool ends in silence.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from actors.scheduler import Assignment, Scheduler
 from actors.worker import SessionWorker
 from rollout.errors import RolloutError
 from rollout.reasoning import ReasoningMarkers
+from rollout.tool_calls import MAX_ABANDONED_THREADS
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class WorkerPool:
         self._stats: dict[str, WorkerStats] = {}
         self._serial = itertools.count()
         self._loops: set[asyncio.Task[None]] = set()
+        self._avoided: frozenset[str] = frozenset()
         self._stopping = False
         self.lost = 0
         """Workers that died so far."""
@@ -75,8 +78,12 @@ class WorkerPool:
     async def spawn(self) -> str:
         """Start all workers, which load the renderer meanwhile. Returns the renderer's name.
 
-        Raises RolloutError if they cannot be scheduled or cannot load the model's tokenizer.
+        Raises RolloutError if they cannot be scheduled or cannot load the model's tokenizer; it may be called again.
         """
+        # Of an attempt that came to nothing.
+        for handle in self._handles.values():
+            ray.kill(handle, no_restart=True)
+        self._handles.clear()
         names = [self._spawn() for _ in range(self._settings.num_workers)]
         try:
             async with asyncio.timeout(self._settings.start_timeout):
@@ -114,6 +121,12 @@ class WorkerPool:
         for name, ids in sessions.items():
             if name in self._handles and ids:
                 self._handles[name].cancel.remote(ids)
+
+    def avoid(self, replicas: frozenset[str]) -> None:
+        """From now on these replicas get no turns, and all others may."""
+        self._avoided = replicas
+        for handle in self._handles.values():
+            handle.avoid.remote(replicas)
 
     def forget_run(self, run: str) -> None:
         """Tell all workers that a run is gone."""
@@ -160,6 +173,8 @@ class WorkerPool:
         return name
 
     def _admit(self, name: str) -> None:
+        if self._avoided:
+            self._handles[name].avoid.remote(self._avoided)
         self._scheduler.add_worker(name, self._settings.worker.capacity)
         self._keep(self._collect_from(name))
         self._dispatch()
@@ -190,6 +205,13 @@ class WorkerPool:
                 return
             self._stats[name] = collected.stats
             self._metrics.heard(collected.stats)
+            self._metrics.foreign(collected.foreign)
+            if (hung := collected.stats.abandoned_threads) >= MAX_ABANDONED_THREADS:
+                if collected.summaries:
+                    # First, or what has finished would be played again.
+                    await self._on_collected(name, collected)
+                await self._replace(name, RolloutError(f"{hung} synchronous calls hang in it and cannot be stopped"))
+                return
             if collected.summaries:
                 # Not awaited: the next sessions need not wait for the disk.
                 self._keep(self._take(name, collected))
@@ -200,7 +222,9 @@ class WorkerPool:
 
     async def _replace(self, name: str, failure: Exception) -> None:
         """A worker is gone: its sessions run again elsewhere, and a new one takes its place."""
-        logger.warning("session worker %s was lost: %s", name, str(failure).splitlines()[0])
+        # A TimeoutError has no text of its own.
+        reason = (str(failure) or type(failure).__name__).splitlines()[0]
+        logger.warning("session worker %s was lost: %s", name, reason)
         self.lost += 1
         self._metrics.worker_lost(name)
         ray.kill(self._handles.pop(name), no_restart=True)

@@ -53,7 +53,7 @@ class OneBatch:
 
     async def weights(self) -> dict[str, Any]:
         """For the gateway's /ready."""
-        return {"version": 0, "replicas": {}}
+        return {"version": 0, "replicas": {"engine": {"health": "healthy", "version": 0, "reason": None}}}
 
 
 def measure(port: int = 8_955) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.config import ClusterConfig
 from cluster.config_agents import AgentConfig
 from rollout.agents.spec import make_agent
-from rollout.environment import load_environment
+from rollout.environment import Environment, load_environment
 from rollout.errors import RolloutError
 from rollout.rendering import ChatRenderer, load_renderer
 from rollout.tool_calls import ToolSet
@@ -33,7 +33,7 @@ def check_config(config: ClusterConfig) -> list[Finding]:
     with import_path(config.pythonpath):
         findings.append(_try("environment", lambda: _environment(config)))
         findings += [
-            _try(f"agents.{name}", functools.partial(_agent, name, agent))
+            _try(f"agents.{name}", functools.partial(_agent, name, agent, config))
             for name, agent in (config.agents or {}).items()
         ]
     if config.tracing.endpoint is not None:
@@ -78,10 +78,14 @@ def _environment(config: ClusterConfig) -> str:
         return f"{remote} (generation {generation}), scored by {config.environment.path}; not called"
     tools = ToolSet(environment.all_tools())
     names = ", ".join(spec["function"]["name"] for spec in tools.specs) or "no tools"
+    _check_mcp_servers(config.environment.path, environment, config)
+    return f"{config.environment.path}: {names}"
+
+
+def _check_mcp_servers(path: str, environment: Environment, config: ClusterConfig) -> None:
     unknown = [name for name in environment.mcp_servers if name not in config.mcp_servers]
     if unknown:
-        raise RolloutError(f"{config.environment.path} wants MCP servers that the config does not name: {unknown}")
-    return f"{config.environment.path}: {names}"
+        raise RolloutError(f"{path} wants MCP servers that the config does not name: {unknown}")
 
 
 def _tracing(config: ClusterConfig) -> str:
@@ -89,15 +93,16 @@ def _tracing(config: ClusterConfig) -> str:
     return f"to {config.tracing.endpoint}, of {config.tracing.sample_ratio:.0%} of the sessions"
 
 
-def _agent(name: str, config: AgentConfig) -> str:
-    agent = make_agent(config.named(name))
+def _agent(name: str, wanted: AgentConfig, config: ClusterConfig) -> str:
+    agent = make_agent(wanted.named(name))
     environment = agent.environment()
+    _check_mcp_servers(wanted.environment, environment, config)
     tools = [spec["function"]["name"] for spec in ToolSet(environment.all_tools()).specs]
     missing = sorted(set(agent.scopes) - set(tools))
     if missing and not environment.mcp_servers:
         raise RolloutError(f"scopes.{missing[0]} names no tool; it has: {', '.join(tools) or 'none'}")
     hooks = f"; hooks on {', '.join(dict.fromkeys(hook.event for hook in agent.hooks))}" if agent.hooks else ""
-    return f"{config.environment}: {', '.join(tools) or 'no tools'}{hooks}"
+    return f"{wanted.environment}: {', '.join(tools) or 'no tools'}{hooks}"
 
 
 def _renderer(config: ClusterConfig) -> str:

@@ -77,11 +77,13 @@ def _interrupt(*_: object) -> None:
 @app.command()
 def up(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Start a cluster and leave it running."""
-    from cluster import launch
+    from cluster import deploy, launch
 
     loaded = _load(config, overrides, check_engine=False)
     with _steps() as report:
         started = launch.up(loaded, config, report, verify=lambda: _load(config, overrides))
+    if notice := deploy.exposure_notice(loaded):
+        err.print(notice, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         out.print_json(data={"name": started.name, "address": started.address, "logs": started.log_file})
     else:
@@ -403,7 +405,7 @@ def _status_of(cluster: state.ClusterState) -> dict[str, Any]:
         try:
             told = ray.get(deploy.controller().status.remote(), timeout=10)
         except (RolloutError, ray.exceptions.RayError, TimeoutError) as error:
-            return {**base, "error": str(error).splitlines()[0]}
+            return {**base, "error": (str(error) or type(error).__name__).splitlines()[0]}
     return {**base, **json.loads(json.dumps(told, default=dataclasses.asdict))}
 
 
@@ -417,7 +419,7 @@ def _print_status(found: dict[str, Any]) -> None:
         return
     out.print(
         f"  engine {engine['model']}  TP={engine['tensor_parallel_size']}  context {engine['max_model_len']}  "
-        f"weights {engine['version']}", highlight=False,
+        f"weights {found['policy_version']}", highlight=False, soft_wrap=True,
     )  # fmt: skip
     view = Table(box=None, header_style="dim", padding=(0, 2))
     for name in ("worker", "sessions", "loop lag p99", "memory", "replicas (in flight)"):
@@ -429,10 +431,13 @@ def _print_status(found: dict[str, Any]) -> None:
             f"{worker['rss_mb']:.0f} MB", replicas,
         )  # fmt: skip
     out.print(view)
-    for name, progress in found["runs"].items():
-        counts = progress["counts"]
-        states = ", ".join(f"{counts[key]} {key}" for key in ("done", "running", "queued"))
-        out.print(f"  {name}  {counts['total']} sessions: {states}", highlight=False)
+    for name, run in found["runs"].items():
+        groups = ", ".join(f"{run[key]} {key}" for key in ("waiting", "running", "ready", "leased", "delivered"))
+        out.print(
+            f"  {escape(name)} {run['state']}  {run['submitted']} groups: {groups}, {sum(run['dropped'].values())} "
+            f"dropped  sessions: {run['sessions_done']} done, {run['sessions_running']} running",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class EngineConfig(Section):
     start_seconds: float = Field(default=900.0, gt=0)
     """Deadline for all engines to be ready."""
     start_attempts: int = Field(default=2, ge=1, le=100)
-    """So often an engine is started before the cluster counts as failed. A wrong model fails every time; a node that
-    was lost in between does not."""
+    """The start is given up after so many failures for each of `replicas`, counted over all of them, before one is
+    ready. A wrong model fails every time; a node that was lost does not. Serve takes 3 for each at most."""
     warmup: bool = True
     """Generate once on each replica before it counts as ready."""
     sticky_margin: int = Field(default=4, ge=0)

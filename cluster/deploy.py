@@ -280,6 +280,13 @@ def gateway_address(config: ClusterConfig) -> str:
     return f"http://{host}:{config.gateway.port}"
 
 
+def exposure_notice(config: ClusterConfig) -> str:
+    """What to tell who starts this cluster of its open address; empty where it has keys, or there is no address."""
+    from deployments.gateway import open_notice
+
+    return "" if config.access.protected or not config.gateway.enabled else open_notice(gateway_address(config))
+
+
 def _wait_for_gateway(address: str, failures: list[BaseException], report: Report) -> None:
     import httpx
 

@@ -108,7 +108,7 @@ def run_tasks(
                 _ask(handle.submit.remote(name, tasks[start : start + MAX_TASKS_PER_CALL]))
             info = _take_all(handle, name, writer, asked, lambda info: on_progress(info, time.monotonic() - started))
         except BaseException:
-            # Nobody takes its batches any more. What is complete stays in the cluster, for `lease`, until it is forgotten.
+            # Nobody takes its batches any more. What is complete stays there for `lease` until it is forgotten.
             handle.cancel.remote(name)
             raise
         seconds = time.monotonic() - started

@@ -77,7 +77,10 @@ def _row(metric: Metric) -> str:
 
 def _label_row(name: str) -> str:
     found = LABELS[name]
-    values = ", ".join(f"`{value}`" for value in found.values) or f"at most {found.limit}, then `{OTHER}`"
+    values = ", ".join(f"`{value}`" for value in found.at_birth)
+    if not found.values:
+        bound = f"at most {found.limit}, " + (f"then `{OTHER}`" if found.summed else "the rest have no series")
+        values = f"{values} and others: {bound}" if values else bound
     return f"| {name} | {values} | {found.help} |"
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from rollout.errors import ConfigError
 
 # Where the output is no terminal, a line is printed this often instead of a moving bar, in seconds.
 PLAIN_SECONDS = 5.0
+# How long a Ctrl-C may go unnoticed.
+WAKE_S = 0.25
 CONFIG_ENDINGS = (".yaml", ".yml")
 
 T = TypeVar("T")
@@ -139,6 +142,9 @@ def _interruptible(work: Callable[[], T]) -> T:
             future.set_exception(failure)
 
     threading.Thread(target=body, daemon=True, name="pull").start()
+    while not future.done():
+        # A signal that comes just before Python begins to wait is handled after the wait: without an end, never.
+        futures.wait([future], timeout=WAKE_S)
     return future.result()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.lane_router import LaneRouter
-from deployments.openai_server import ServingSpec
+from deployments.openai_server import DRAIN_SECONDS, ServingSpec
 from rollout.logs import LogSettings
 
 APP = "engine"
@@ -22,8 +22,10 @@ RANK_WEIGHTS = "deployments.rank_weights.RankWeights"
 # Serve's defaults (10 s) leave a dead engine listed for up to 40 s; these find it within about 10.
 HEALTH_CHECK_PERIOD_S = 3.0
 HEALTH_CHECK_TIMEOUT_S = 15.0
-# Lanes are streams that never end by themselves, so a replica that is told to stop would wait this long for them.
-GRACEFUL_SHUTDOWN_S = 5.0
+# A replica that is told to stop waits for its lanes, which Serve looks at every two seconds, and then for streams of
+# HTTP (RolloutEngine.__del__). Lanes never end by themselves: workers close them when Serve lists the replica no
+# more, but that of a worker that has died may stay, and would hold the replica for all of this time.
+GRACEFUL_SHUTDOWN_S = DRAIN_SECONDS + 5.0
 # A wrong model or argument fails every time; Serve's default would try 20 times before it says so.
 START_ATTEMPTS = 2
 
@@ -45,7 +47,7 @@ class EngineSpec:
     accelerator_type: str | None = None
     warmup: bool = True
     start_attempts: int = START_ATTEMPTS
-    """So often an engine is started before it counts as failed."""
+    """Failed starts for each replica, before the deployment counts as failed."""
     controller: str | None = None
     """"namespace/name" of the actor that starting replicas ask for the current weights; None: those of the model."""
     serving: ServingSpec | None = None
@@ -93,8 +95,17 @@ def build_engine_app(spec: EngineSpec, engine_cls: type | None = None) -> Any:
             "loading_board": spec.loading_board,
             "log_settings": spec.logging,
         },
-        override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": spec.start_attempts},
+        override_serve_options={"name": DEPLOYMENT, "max_constructor_retry_count": _failures_allowed(spec)},
     )
+
+
+def _failures_allowed(spec: EngineSpec) -> int:
+    """Failed starts, of all replicas together, until Serve gives the deployment up.
+
+    Serve counts them until the first replica runs, and takes the smaller of this and three for each replica. It must
+    grow with their number: two bad nodes are no reason to end the start of a hundred engines.
+    """
+    return spec.start_attempts * spec.replicas
 
 
 def _placement(spec: EngineSpec) -> dict[str, Any] | None:

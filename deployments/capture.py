@@ -5,7 +5,8 @@ client write it). It is served as any other; beside it, every generation is foll
 controller when the answer is out.
 
 Invariant: what is recorded is what AsyncLLM was asked and what it said: ids, log-probabilities, versions. Nothing is
-read back from text. A request of no session is not touched, not even by a coroutine.
+read back from text. What a session was told to begin it is told the end of, whatever befalls the request; a
+generation of which nothing was seen counts as lost. A request of no session is not touched, not even by a coroutine.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from deployments.access import route_path
+from deployments.capture_request import api_of, look_at
+from deployments.routes.errors import RETRY_AFTER_S
+from rollout.access_paths import error_form
 from rollout.capture.calls import CapturedCall
 from rollout.engine import VersionSpan
-from rollout.errors import ApiError, LedgerError, RolloutError
+from rollout.errors import AccessError, ApiError, ConflictError, LedgerError, RolloutError, UnavailableError
 from rollout.session_keys import SESSION_CALLER
 from rollout.tasks import Message
 
@@ -36,13 +41,11 @@ BEGIN_SECONDS = 30.0
 # A report is tried again for so long; after it, the session counts the call as one that was not reported.
 REPORT_SECONDS = 60.0
 REPORT_PAUSE_S = 0.5
-# vLLM's paths, and what a session's record calls them.
-_APIS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "completions",
-    "/v1/responses": "responses",
-    "/v1/messages": "messages",
-}
+# A generation that vLLM cancels goes on for a moment after its request, which does not wait for it.
+SETTLE_SECONDS = 2.0
+SETTLE_PAUSE_S = 0.01
+# Anthropic's names of errors, where they are not those of all 4xx and 5xx.
+_ANTHROPIC = {403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -59,6 +62,13 @@ class SessionKeeper(Protocol):
         """It was served, with these generations. `lost`: there was one more, of which too little is known."""
 
 
+class SessionClosed(ApiError):
+    """The session takes no more calls. 410: clients repeat a 409 by themselves, in vain."""
+
+    category = "session_closed"
+    status = 410
+
+
 @dataclass(slots=True)
 class Recording:
     """One request of a session, and its generations so far."""
@@ -71,6 +81,8 @@ class Recording:
     """Of the weights, now."""
     calls: list[CapturedCall] = field(default_factory=list)
     lost: bool = False
+    under_way: int = 0
+    """Generations that have begun and not ended."""
 
     def asked(self, params: Any) -> Any:
         """vLLM's SamplingParams with the sampled token's log-probability; what the client asked for stays."""
@@ -85,6 +97,7 @@ class Recording:
         choices: dict[int, _Choice] = {}
         prompt: list[int] | None = None
         started, version = time.time(), self.version()
+        self.under_way += 1
         try:
             # Closed with this one, or the engine would go on until the garbage collector looked.
             async with aclosing(stream):
@@ -93,10 +106,22 @@ class Recording:
                     for completion in output.outputs:
                         choices.setdefault(completion.index, _Choice()).take(completion)
                     yield output
+        except BaseException as failure:
+            # An answer that is not streamed comes at its end. Cut off before that, it sampled, and nobody saw what.
+            self.lost = self.lost or not (choices or _refused(failure))
+            raise
         finally:
             # Also where the client went away in the middle: what was sampled until then was sampled.
             for _, choice in sorted(choices.items()):
                 self._keep(choice, prompt, started, version)
+            self.under_way -= 1
+
+    async def settle(self) -> None:
+        """Wait, for a moment, until every generation has ended. One that has not is lost."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.under_way and time.monotonic() < deadline:
+            await asyncio.sleep(SETTLE_PAUSE_S)
+        self.lost = self.lost or self.under_way > 0
 
     def _keep(self, choice: _Choice, prompt: list[int] | None, started: float, version: int) -> None:
         number = len(self.calls)
@@ -177,79 +202,107 @@ class CaptureMiddleware:
         state = scope.get("state", {})
         caller, scopes = state.get("caller", ""), state.get("scopes", frozenset())
         if caller.startswith(SESSION_CALLER) and caller != f"{SESSION_CALLER}{session}":
-            await _refuse(send, 403, "this key is of one session; use it with that session's base_url")
+            wrong = AccessError("this key is of one session; use it with that session's base_url")
+            await _refuse(scope, send, wrong)
         elif session and not caller.startswith(SESSION_CALLER) and not scopes & {"trainer", "admin"}:
-            await _refuse(send, 403, "this session wants its own key, api_key")
+            await _refuse(scope, send, AccessError("this session wants its own key, api_key"))
         elif session:
             await self._captured(session, scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     async def _captured(self, session: str, scope: Scope, receive: Receive, send: Send) -> None:
-        api = _APIS.get(scope["path"])
+        try:
+            api = api_of(scope["method"], route_path(scope))
+            # Before the session is told: a body that is too large, or never comes whole, begins nothing.
+            read = None if api is None else await _read(receive)
+            recording = None if api is None or read is None else await self._begun(session, api, scope, read[0])
+        except ApiError as failure:
+            await _refuse(scope, send, failure)
+            return
         if api is None:
             # Models, tokenization: nothing is sampled.
             await self._app(scope, receive, send)
-            return
-        request_id = uuid.uuid4().hex
+        elif read is not None and recording is not None:
+            token = RECORDING.set(recording)
+            try:
+                await self._app(scope, read[1], send)
+            finally:
+                RECORDING.reset(token)
+                self._end(session, recording)
+
+    async def _begun(self, session: str, api: str, scope: Scope, body: bytes) -> Recording:
+        """What the request is written down in, once its session has been told."""
+        asked = await asyncio.to_thread(look_at, body)
+        if asked.refusal is not None:
+            raise asked.refusal
+        correlation = scope.get("state", {}).get("correlation_id", "")
+        recording = Recording(uuid.uuid4().hex, api, correlation, asked.messages, self._version)
+        await self._begin(session, recording)
+        return recording
+
+    async def _begin(self, session: str, recording: Recording) -> None:
+        """Tell the session. Raises ApiError where it takes no request, or cannot be asked."""
+        known = False
         try:
             async with asyncio.timeout(BEGIN_SECONDS):
-                await self._keeper.begin(session, request_id)
+                await self._keeper.begin(session, recording.request_id)
+            known = True
+        except ConflictError as failure:
+            known = True
+            raise SessionClosed(str(failure)) from None
+        except ApiError as failure:
+            known = failure.status < 500
+            raise
         except (RolloutError, TimeoutError) as failure:
-            status = failure.status if isinstance(failure, ApiError) else 503
-            await _refuse(send, status, str(failure) or "the controller does not answer")
-            return
-        body, replayed = await _read(receive)
-        correlation = scope.get("state", {}).get("correlation_id", "")
-        recording = Recording(request_id, api, correlation, await asyncio.to_thread(_messages, body), self._version)
-        token = RECORDING.set(recording)
-        try:
-            await self._app(scope, replayed, send)
+            raise UnavailableError(str(failure) or "the controller does not answer") from None
         finally:
-            RECORDING.reset(token)
-            # Beside the request, whose client may have gone and whose task may be cancelled.
-            task = asyncio.get_running_loop().create_task(self._report(session, recording))
-            self._reports.add(task)
-            task.add_done_callback(self._reports.discard)
+            if not known:
+                # It may have begun all the same, and would count as under way until the session's last deadline.
+                self._end(session, recording)
+
+    def _end(self, session: str, recording: Recording) -> None:
+        # Beside the request, whose client may have gone and whose task may be cancelled.
+        task = asyncio.get_running_loop().create_task(self._report(session, recording))
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
 
     async def _report(self, session: str, recording: Recording) -> None:
+        await recording.settle()
+        calls, lost = list(recording.calls), recording.lost
         deadline = time.monotonic() + REPORT_SECONDS
         while True:
             try:
-                await self._keeper.end(session, recording.request_id, recording.calls, recording.lost)
-                return
-            except ApiError as failure:
-                logger.warning("session %s took no report: %s", session, failure)
+                await self._keeper.end(session, recording.request_id, calls, lost)
                 return
             except Exception as failure:
+                if isinstance(failure, ApiError) and failure.status < 500:
+                    logger.warning("session %s took no report: %s", session, failure)
+                    return
                 if time.monotonic() > deadline:
                     logger.error("a call of session %s could not be reported: %r", session, failure)
                     return
             await asyncio.sleep(REPORT_PAUSE_S)
 
 
-def _messages(body: bytes) -> list[Message] | None:
-    """The conversation of a request in whichever form it came, for people; None where it has none."""
-    try:
-        given = json.loads(body)
-        found = given.get("messages", given.get("input"))
-    except (ValueError, AttributeError):
-        return None
-    if isinstance(found, str):
-        return [{"role": "user", "content": found}]
-    if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-        return None
-    system = given.get("system") or given.get("instructions")
-    return [*([{"role": "system", "content": system}] if system else []), *found]
+def _refused(failure: BaseException) -> bool:
+    """Whether vLLM said no before it sampled anything."""
+    if isinstance(failure, asyncio.CancelledError | GeneratorExit):
+        return False
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+    return isinstance(failure, ValueError | GracefulHTTPError | VLLMClientError)
 
 
-async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """A request's body, and a `receive` that gives it once more."""
+async def _read(receive: Receive) -> tuple[bytes, Receive] | None:
+    """A request's body, and a `receive` that gives it once more; None where the client went away before its end."""
     messages = []
     while True:
         message = await receive()
+        if message["type"] != "http.request":
+            return None
         messages.append(message)
-        if message["type"] != "http.request" or not message.get("more_body", False):
+        if not message.get("more_body", False):
             break
     body = b"".join(message.get("body", b"") for message in messages)
 
@@ -259,10 +312,23 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return body, replayed
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    content = json.dumps(
-        {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-    ).encode()
+async def _refuse(scope: Scope, send: Send, failure: ApiError) -> None:
+    """Answer with an error as the clients of this path read it."""
+    status, form = failure.status, error_form(route_path(scope))
+    body: dict[str, Any]
+    if form == "anthropic":
+        kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        correlation = scope.get("state", {}).get("correlation_id", "")
+        body = {"type": "error", "error": {"type": kind, "message": str(failure)}, "request_id": correlation}
+    elif form == "openai":
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        error = {"message": str(failure), "type": kind, "param": failure.field, "code": failure.category}
+        body = {"error": error}
+    else:
+        body = {"error": {"type": failure.category, "message": str(failure), "field": failure.field}}
+    content = json.dumps(body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if status == UnavailableError.status:
+        headers.append((b"retry-after", f"{RETRY_AFTER_S:g}".encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else content})

@@ -6,10 +6,13 @@ hub says of all files before the first is fetched, and null where it does not sa
 
 from __future__ import annotations
 
+import fnmatch
+import functools
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,22 @@ TELL_EVERY_S = 0.1
 SPEED_WINDOW_S = 5.0
 # What vLLM needs of a repository. Other weights (pickles, GGUF, ONNX) would double the download for nothing.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
-# The same weights once more, as some publishers ship them beside the Hugging Face files.
-IGNORED = ("original/*", "consolidated*.safetensors")
+# Some publishers ship the same weights once more beside the Hugging Face files. Of these two, the first is read by
+# nobody here; the second is what vLLM reads in its place, unless it is told to read the others.
+_ORIGINAL, _CONSOLIDATED = "original/*", "consolidated*.safetensors"
+# vLLM's formats that read safetensors of the hub. What another one needs is vLLM's to fetch.
+_FORMATS = frozenset({"auto", "hf", "safetensors", "mistral"})
+_CONSOLIDATED_FORMATS = frozenset({"auto", "mistral"})
 
 
 class DownloadError(RolloutError):
     """A model that could not be brought to this machine. The message names it, why, and what to do."""
 
     category = "download"
+
+
+class NoSafetensors(DownloadError):
+    """The model is on this machine, and its weights are in other files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,32 +63,55 @@ def download(
     progress: Progress,
     *,
     revision: str | None = None,
-    patterns: Sequence[str] = PATTERNS,
-    ignored: Sequence[str] = IGNORED,
+    load_format: str = "auto",
     token: str | None = None,
     snapshot_download: Callable[..., Any] | None = None,
 ) -> Path:
     """The directory of a hub model on this machine, downloaded where it is not there yet. Blocks.
 
     `progress` is told at most every TELL_EVERY_S, from several threads but one at a time, and once at the end.
-    `snapshot_download`: huggingface_hub's, or a double of it. Raises DownloadError.
+    `load_format`: vLLM's, which decides between two copies of the weights. `snapshot_download`: huggingface_hub's, or
+    a double of it. Raises DownloadError.
     """
     fetch = snapshot_download or _snapshot_download()
-    wanted: dict[str, Any] = {
-        "revision": revision,
-        "allow_patterns": list(patterns),
-        "ignore_patterns": list(ignored),
-        "token": token,
-    }
+    wanted: dict[str, Any] = {"revision": revision, "token": token}
     try:
-        meter = _Meter(progress, *_sizes(fetch, model, wanted))
+        files = _files(fetch, model, wanted)
+        wanted |= _patterns(files, load_format)
+        meter = _Meter(progress, *_sizes(files, wanted))
         directory = Path(fetch(model, **wanted, tqdm_class=meter.bar_class()))
     except Exception as failure:
         raise DownloadError(_reason(model, revision, failure)) from failure
     if not any(directory.glob("*.safetensors")):
-        raise DownloadError(f"{model} holds no safetensors files, which the engines need; choose another model")
+        raise NoSafetensors(f"{model} holds no safetensors files, which the engines need; choose another model")
     meter.finish(directory)
     return directory
+
+
+def engine_download(
+    model: str, engine_kwargs: Mapping[str, Any], snapshot_download: Callable[..., Any] | None = None
+) -> Callable[[Progress], Path] | None:
+    """The download that vLLM would make in silence with these engine arguments, to where vLLM looks; see `download`.
+
+    None: the model is on this machine, or vLLM fetches it otherwise (object storage, ModelScope, GGUF, pickles).
+    """
+    chosen = engine_kwargs.get("load_format") or "auto"
+    modelscope = os.environ.get("VLLM_USE_MODELSCOPE", "").lower() == "true"
+    if os.path.exists(model) or ":" in model or chosen not in _FORMATS or modelscope:
+        return None
+    fetch = snapshot_download or _snapshot_download()
+    if folder := engine_kwargs.get("download_dir"):
+        fetch = functools.partial(fetch, cache_dir=folder)
+    token = engine_kwargs.get("hf_token")
+    return functools.partial(
+        download,
+        model,
+        revision=engine_kwargs.get("revision"),
+        load_format=chosen,
+        # vLLM takes true for "the one of this machine", which is huggingface_hub's own default.
+        token=token if isinstance(token, str) else None,
+        snapshot_download=fetch,
+    )
 
 
 def _snapshot_download() -> Callable[..., Any]:
@@ -86,15 +120,35 @@ def _snapshot_download() -> Callable[..., Any]:
     return snapshot_download
 
 
-def _sizes(fetch: Callable[..., Any], model: str, wanted: dict[str, Any]) -> tuple[int, int | None]:
-    """Bytes that are here already, and bytes in all (None: not known)."""
+def _files(fetch: Callable[..., Any], model: str, wanted: Mapping[str, Any]) -> list[Any] | None:
+    """What the repository has of PATTERNS, as huggingface_hub's DryRunFileInfo; None: the hub cannot be asked."""
+    options = {**wanted, "allow_patterns": list(PATTERNS), "ignore_patterns": [_ORIGINAL]}
     try:
-        files = fetch(model, **wanted, dry_run=True, tqdm_class=_bar_class(lambda _: None))
+        return list(fetch(model, **options, dry_run=True, tqdm_class=_bar_class(lambda _: None)))
     except OSError:
         # Without the hub a whole copy on this disk will do; if there is none, the real call says so.
+        return None
+
+
+def _patterns(files: list[Any] | None, load_format: str) -> dict[str, list[str]]:
+    """Which files to fetch: one copy of the weights, that which vLLM will read, and all else of PATTERNS."""
+    shipped = any(fnmatch.fnmatch(file.filename, _CONSOLIDATED) for file in files or ())
+    if shipped and load_format in _CONSOLIDATED_FORMATS:
+        allowed = [_CONSOLIDATED if pattern == "*.safetensors" else pattern for pattern in PATTERNS]
+        return {"allow_patterns": allowed, "ignore_patterns": [_ORIGINAL]}
+    return {"allow_patterns": list(PATTERNS), "ignore_patterns": [_ORIGINAL, _CONSOLIDATED]}
+
+
+def _sizes(files: list[Any] | None, wanted: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Bytes that are here already, and bytes in all (None: not known)."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    if files is None:
         return 0, None
-    sizes = [file.file_size for file in files]
-    here = sum(file.file_size or 0 for file in files if not file.will_download)
+    patterns = {name: wanted[name] for name in ("allow_patterns", "ignore_patterns")}
+    taken = list(filter_repo_objects(files, **patterns, key=lambda file: file.filename))
+    sizes = [file.file_size for file in taken]
+    here = sum(file.file_size or 0 for file in taken if not file.will_download)
     return here, None if None in sizes else sum(sizes)
 
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from actors.lanes import Answer
 from actors.loading_board import BoardReporter
 from actors.ray_backend import RayBackend
 from deployments import rank_loading
+from deployments.download import DownloadProgress, NoSafetensors, Progress, engine_download
 from deployments.openai_server import OpenAIServer, ServingSpec
 from deployments.replica_loading import ReplicaLoading, with_progress
 from deployments.replica_weights import ReplicaUpdater
 from deployments.served_client import serve_policy
 from rollout import logs
-from rollout.engine import GenerateRequest, Generation, VersionSpan
+from rollout.engine import FINISH_REASONS, GenerateRequest, Generation, VersionSpan
 from rollout.errors import EngineDied, EngineError, EngineRefused
 from rollout.logs import LogSettings
 from rollout.weights import CheckpointSource, LoraSource, ReplicaWeights, WeightSource
@@ -91,7 +92,9 @@ class RolloutEngine(LLMServer):
         loading_board: str | None = None,
         log_settings: LogSettings | None = None,
     ) -> None:
-        """Start the engine, load the current weights, and generate once. Raises what vLLM raises.
+        """Fetch the model, start the engine, load the current weights, and generate once.
+
+        Raises DownloadError, and what vLLM raises.
 
         `controller`: "namespace/name" of the actor that knows the current weights; None: those of the model.
         `serving`, `loading_board`, `log_settings`: see EngineSpec.
@@ -101,12 +104,17 @@ class RolloutEngine(LLMServer):
         self._in_flight = 0
         self._version = 0
         self._server: OpenAIServer | None = None
+        # Asked first: the reporter changes the arguments that it is made of.
+        fetch = engine_download(_model(llm_config), llm_config.engine_kwargs)
         self._loading = _reporter(llm_config, loading_board)
         try:
+            self._fetched = await _fetch(fetch, self._loading)
             await super().__init__(llm_config)
             # The engine's own label must be a number from the first token on; vLLM calls it "default".
             await self._client.update_weight_version(str(self._version))
-            self._updater = ReplicaUpdater(_replica_name(), self._client, self._served(), self._set_version)
+            self._updater = ReplicaUpdater(
+                _replica_name(), self._client, self._served(), self._set_version, _adapters(llm_config.engine_kwargs)
+            )
             if controller is not None:
                 await self._catch_up(controller)
             if warmup:
@@ -146,6 +154,14 @@ class RolloutEngine(LLMServer):
         if self._updater.broken is not None:
             raise EngineDied(self._updater.broken)
 
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends the replica on purpose, and counts no HTTP: its streams may end first."""
+        try:
+            if (server := getattr(self, "_server", None)) is not None:
+                await server.stop()
+        finally:
+            await super().__del__()
+
     # Weights
 
     async def check_weights(self, source: WeightSource) -> None:
@@ -172,6 +188,8 @@ class RolloutEngine(LLMServer):
         model = self._client.vllm_config.model_config.model
         if Path(model).is_dir():
             return Path(model)
+        if self._fetched is not None:
+            return self._fetched
         from huggingface_hub import snapshot_download
 
         revision = self._client.vllm_config.model_config.revision
@@ -297,13 +315,42 @@ def _reporter(llm_config: Any, board: str | None) -> ReplicaLoading | None:
     arguments = llm_config.engine_kwargs
     ranks = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
     reporter = ReplicaLoading(_replica_name(), BoardReporter(board), ranks=ranks)
-    model = str(llm_config.model_loading_config.model_source or llm_config.model_id)
-    changed = with_progress(arguments, model, reporter.directory)
+    changed = with_progress(arguments, _model(llm_config), reporter.directory)
     # What has changed alone, and through its own method: Ray has sorted the arguments into others already.
     llm_config.update_engine_kwargs(**{key: v for key, v in changed.items() if arguments.get(key) != v})
     rank_loading.register()
     reporter.start()
     return reporter
+
+
+async def _fetch(fetch: Callable[[Progress], Path] | None, loading: ReplicaLoading | None) -> Path | None:
+    """Bring a hub model to this machine, where vLLM will find it, and say how far it is. Raises DownloadError.
+
+    vLLM would do it too, and say nothing. None: there is nothing to fetch, or what there is vLLM must fetch itself.
+    """
+    if fetch is None:
+        return None
+
+    def told(far: DownloadProgress) -> None:
+        if loading is not None:
+            loading.downloading(far.bytes_downloaded, far.bytes_total, far.speed_mbps)
+
+    try:
+        return await asyncio.to_thread(fetch, told)
+    except NoSafetensors as failure:
+        # vLLM reads pickles too, where there is nothing better.
+        logger.warning("%s; vLLM is left to find others", failure)
+        return None
+
+
+def _model(llm_config: Any) -> str:
+    """Directory, hub name or URL."""
+    return str(llm_config.model_loading_config.model_source or llm_config.model_id)
+
+
+def _adapters(engine_kwargs: Mapping[str, Any]) -> int:
+    """How many adapters vLLM serves beside the policy."""
+    return sum(len(engine_kwargs.get(name) or ()) for name in ("lora_modules", "default_mm_loras"))
 
 
 def _replica_name() -> str:
@@ -335,11 +382,17 @@ def to_sampling_params(sampling: dict[str, Any]) -> Any:
 
 
 def to_generation(output: Any) -> Generation:
-    """vLLM's RequestOutput as a Generation. Raises EngineError where it is not whole.
+    """vLLM's RequestOutput as a Generation. Raises EngineError where it is not whole, or the request has failed.
 
     Log-probabilities come flat: one entry a position, the sampled token's, since `logprobs=0` asks for no others.
     """
     completion = output.outputs[0]
+    if completion.finish_reason not in FINISH_REASONS:
+        # vLLM says "error" of a request that failed inside, such as a grammar that does not compile.
+        raise EngineError(
+            f"the engine ended the request with {completion.finish_reason!r}; its log says more (a schema or grammar "
+            "that cannot be compiled, for example)"
+        )
     ids = completion.token_ids
     flat = completion.logprobs
     values = [] if flat is None else flat.logprobs

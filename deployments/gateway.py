@@ -6,6 +6,8 @@ costs its callers a repeated call.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,16 +44,21 @@ from rollout.agents.chat_engine import ChatEngine
 from rollout.agents.registry import AgentRegistry
 from rollout.agents.spec import NamedAgent
 from rollout.backend import Backend
+from rollout.errors import UnavailableError
 from rollout.inference import CompletionEngine
 from rollout.logs import LogSettings
 from rollout.mcp_config import McpServerConfig
 from rollout.session_keys import REMOTE_ROLLOUTS, derived_secret
+
+logger = logging.getLogger(__name__)
 
 APP = "gateway"
 # Calls that one gateway holds at once, long polls included.
 MAX_REQUESTS = 4096
 # The gateway says 503 after waiting so long for a controller that is being started again; clients come back.
 PATIENCE_S = 10.0
+# Probes have little patience, so /ready says 503 rather than nothing where the controller is silent for so long.
+READY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,23 @@ def make_app(
 
     @app.get("/ready", tags=["health"])
     async def ready(request: Request) -> dict[str, Any]:
-        """The whole cluster can take work; 503 otherwise."""
-        state = await request.app.state.backend.weights()
-        return {"status": "ready", "policy_version": state["version"], "replicas": len(state["replicas"])}
+        """The whole cluster can take work; 503 otherwise, at once."""
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                state = await request.app.state.backend.weights()
+        except TimeoutError:
+            raise UnavailableError(f"the controller did not answer within {READY_SECONDS:g} s") from None
+        replicas = state["replicas"].values()
+        # One that is ahead carries what is about to become current.
+        fit = [
+            r
+            for r in replicas
+            if r["health"] != "suspect" and r["version"] is not None and r["version"] >= state["version"]
+        ]
+        if not fit:
+            reasons = "; ".join(sorted({r["reason"] for r in replicas if r["reason"]})) or "none has answered yet"
+            raise UnavailableError(f"no engine replica carries the current weights: {reasons}")
+        return {"status": "ready", "policy_version": state["version"], "replicas": len(fit)}
 
     openapi.install(app)
     install_access(app, access)
@@ -170,7 +191,8 @@ def build_gateway_app(spec: GatewaySpec) -> Any:
 
     def make() -> FastAPI:
         logs.install(spec.logging, APP, _replica_name())
-        backend: Any = _Lazy(lambda: RayBackend(spec.cluster, patience=PATIENCE_S))
+        say_if_open(spec)
+        backend: Any = _Lazy(lambda: RayBackend(spec.cluster, patience=PATIENCE_S, looks_wait=False))
         return make_app(
             lambda: backend,
             spec.max_body_bytes,
@@ -198,6 +220,20 @@ def build_gateway_app(spec: GatewaySpec) -> Any:
         """Serves the application."""
 
     return Gateway.bind()  # type: ignore[attr-defined]
+
+
+def open_notice(address: str) -> str:
+    """What an operator has to know of an address without keys. A config whose address is not loopback has some."""
+    return (
+        f"{address} needs no key: other machines do not reach it, and every user and program of this machine may do "
+        "everything there; access.keys closes it"
+    )
+
+
+def say_if_open(spec: GatewaySpec) -> None:
+    """Tell the log where nobody has to say who they are."""
+    if not spec.access.protected:
+        logger.warning(open_notice(spec.engine or "the gateway"))
 
 
 def _replica_name() -> str:

@@ -22,6 +22,8 @@ IDLE_SECONDS = 300.0
 MAX_EVENT_BYTES = 16 * 2**20
 # Of an error that is not OpenAI's, so much is told.
 MAX_ERROR_CHARS = 500
+# A server that wants to be asked again later than this is not believed.
+MAX_RETRY_AFTER_S = 3600
 
 
 class OpenAIHttp:
@@ -63,13 +65,17 @@ class OpenAIHttp:
     ) -> AsyncIterator[AsyncIterator[Chunk]]:
         """The chunks of the answer to `body`. Entered when the server has accepted it.
 
-        Raises ChatEngineError, whose statuses are the server's, or 502 broken, 503 not reached, 504 silent too long.
+        Raises ChatEngineError, whose statuses are the server's, or 400 for a body that is no JSON, 502 broken,
+        503 not reached, 504 silent too long.
         """
+        content = _written(body)
+        headers = {**(headers or {}), "content-type": "application/json"}
         with self._as_engine_errors():
-            async with self._http.stream("POST", path, json=body, headers=headers) as response:
+            async with self._http.stream("POST", path, content=content, headers=headers) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise ChatEngineError(response.status_code, _told(response.text, response.status_code))
+                    told = _told(response.text, response.status_code)
+                    raise ChatEngineError(response.status_code, told, _retry_after(response))
                 async with aclosing(self._chunks(response)) as chunks:
                     yield chunks
 
@@ -92,6 +98,20 @@ class OpenAIHttp:
             raise ChatEngineError(504, f"the model said nothing for {self._idle:g} s") from failure
         except httpx.HTTPError as failure:
             raise ChatEngineError(502, f"the connection to the model broke: {_said(failure)}") from failure
+
+
+def _written(body: Mapping[str, Any]) -> bytes:
+    """Strict JSON in UTF-8. Raises ChatEngineError for NaN, halves of characters and endless nesting."""
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError) as failure:
+        raise ChatEngineError(400, f"the request cannot be sent to the model as JSON: {_said(failure)}") from None
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    told = response.headers.get("retry-after", "")
+    # Digits alone: the header's other form is a date.
+    return float(min(int(told), MAX_RETRY_AFTER_S)) if told.isascii() and told.isdigit() and len(told) < 10 else None
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments import access
@@ -55,7 +55,8 @@ class OpenAIServer:
         # A library of vLLM's builds the stack before the first request; it is built again, with ours.
         app.middleware_stack = None
         app.add_middleware(CaptureMiddleware, keeper=sessions, version=version)
-        access.install(app, spec.access)
+        # Here, and not at the gateways: the capture keeps each such key to its session.
+        access.install(app, replace(spec.access, session_keys=True))
         self._socket = socket.create_server((spec.host, 0), backlog=BACKLOG)
         self._server = Quiet(
             uvicorn.Config(

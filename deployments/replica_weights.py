@@ -31,15 +31,23 @@ logger = logging.getLogger(__name__)
 PAUSE_SECONDS = 60.0
 LOAD_SECONDS = 900.0
 READ_SECONDS = 300.0
-# The one adapter that rollouts use; a new one takes its place.
-LORA_ID = 1
+# The one adapter that rollouts use; a new one takes its place. vLLM counts the adapters that it serves itself from 1,
+# and keeps ids in arrays of 32 bits: its count never reaches their largest number.
+LORA_ID = 2**31 - 1
+# vLLM takes two adapters of one batch for the same where their names are equal; no served one is called like this.
+LORA_NAME = "policy of the rollouts: {}"
 
 
 class ReplicaUpdater:
     """Keeps the weights of one replica. `client` is vLLM's AsyncLLM."""
 
-    def __init__(self, replica: str, client: Any, served: Path, on_version: Callable[[int], None]) -> None:
-        """`served`: the checkpoint that the engine started with. `on_version`: told inside the pause."""
+    def __init__(
+        self, replica: str, client: Any, served: Path, on_version: Callable[[int], None], adapters: int = 0
+    ) -> None:
+        """`served`: the checkpoint that the engine started with. `on_version`: told inside the pause.
+
+        `adapters`: how many vLLM serves beside the policy (its `lora_modules`).
+        """
         self.broken: str | None = None
         """Why this replica must not serve any more."""
         self.lora: Any = None
@@ -48,6 +56,7 @@ class ReplicaUpdater:
         self._client = client
         self._served = served
         self._on_version = on_version
+        self._adapters = adapters
         self._lock = asyncio.Lock()
         self._version = 0
         self._loaded = served
@@ -63,8 +72,16 @@ class ReplicaUpdater:
         if isinstance(source, CheckpointSource):
             await asyncio.to_thread(check_checkpoint, Path(source.path), self._served)
         elif isinstance(source, LoraSource):
-            if getattr(self._client.vllm_config, "lora_config", None) is None:
+            lora = getattr(self._client.vllm_config, "lora_config", None)
+            if lora is None:
                 raise WeightsRefused("the engines take no adapters; set engine.vllm.enable_lora: true")
+            if lora.max_cpu_loras <= self._adapters:
+                # vLLM would throw the policy's out for a served one, and read it from its files again: by then they
+                # may be others, or gone, and requests in flight name the files of the version before.
+                raise WeightsRefused(
+                    f"the engines hold {lora.max_cpu_loras} adapters, and engine.vllm.lora_modules has "
+                    f"{self._adapters}; set engine.vllm.max_cpu_loras: {self._adapters + 1}"
+                )
             if not (Path(source.path) / "adapter_config.json").is_file():
                 raise WeightsRefused(f"{source.path} holds no adapter_config.json")
             if self._loaded != self._served or self._received:
@@ -90,8 +107,10 @@ class ReplicaUpdater:
                 digest = await asyncio.to_thread(content_digest, Path(source.path))
             before = await self._read_back(None)
             started = time.perf_counter()
-            await self._within(PAUSE_SECONDS, self._client.pause_generation(mode="keep", clear_cache=False), "pause")
             try:
+                # Inside: a pause that is given up may still come, and what follows undoes it.
+                pause = self._client.pause_generation(mode="keep", clear_cache=False)
+                await self._within(PAUSE_SECONDS, pause, "pause")
                 loading = time.perf_counter()
                 try:
                     await self._within(LOAD_SECONDS, self._load(source, digest), "load")
@@ -104,7 +123,7 @@ class ReplicaUpdater:
                 read = time.perf_counter()
             finally:
                 if self.broken is None:
-                    await self._within(PAUSE_SECONDS, self._client.resume_generation(), "resume")
+                    await self._resume()
             self._remember(source, digest)
             return ReplicaWeights(
                 self._replica,
@@ -133,11 +152,12 @@ class ReplicaUpdater:
         elif isinstance(source, LoraSource):
             from vllm.lora.request import LoRARequest
 
-            request = LoRARequest(source.name, LORA_ID, source.path, load_inplace=True)
+            name = LORA_NAME.format(source.name)
+            request = LoRARequest(name, LORA_ID, source.path, load_inplace=True)
             if not await self._client.add_lora(request):
                 raise EngineError(f"the engine did not take adapter {source.name!r} from {source.path}")
             # Generations name the adapter without asking for it to be loaded again.
-            self.lora = LoRARequest(source.name, LORA_ID, source.path)
+            self.lora = LoRARequest(name, LORA_ID, source.path)
         else:
             await self._receive(source)
 
@@ -184,6 +204,14 @@ class ReplicaUpdater:
         await self._client.update_weight_version(str(version))
         self._version = version
         self._on_version(version)
+
+    async def _resume(self) -> None:
+        try:
+            await self._within(PAUSE_SECONDS, self._client.resume_generation(), "resume")
+        except BaseException as failure:
+            self.broken = f"generation could not be resumed: {str(failure) or type(failure).__name__}"
+            logger.error(self.broken)
+            raise
 
     async def _go_back(self, cause: BaseException) -> None:
         logger.error("loading weights failed, going back to version %d: %s", self._version, cause)

@@ -45,6 +45,8 @@ STOP_SECONDS = 8.0
 HEALTH_PERIOD_SECONDS = 10.0
 # GPU nodes may take an hour to come: Serve never stops trying.
 START_ATTEMPTS = 1_000_000
+# How often Serve is asked how many engines it is to run: `num_replicas` may be changed at any time.
+TARGET_PERIOD_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SupervisorSpec:
     """The cluster's name, which is the Ray namespace of what is started."""
     controller: ControllerSettings = field(repr=False)
     engines: int
-    """Replicas that the loading board waits for at first."""
+    """Replicas that the loading board waits for until Serve has said how many it is to run."""
     front: FrontSettings | None = None
     """None: there is no front. Its folder is made where it runs."""
 
@@ -69,6 +71,7 @@ class Supervisor:
         self._started: list[Any] = []
         self._controller: Any = None
         self._front: Any = None
+        self._following: asyncio.Task[None] | None = None
         try:
             await self._start()
         except BaseException:
@@ -88,7 +91,7 @@ class Supervisor:
                     await self._controller.weights.remote()
                     self._ready = loop.time()
         except Exception as failure:
-            logger.warning("the controller did not answer: %s", str(failure) or type(failure).__name__)
+            logger.warning("the controller did not answer: %s", _said(failure))
         if (silent := loop.time() - self._heard) > SILENT_SECONDS:
             raise UnavailableError(f"the controller has not answered for {silent:.0f} s")
         if (unready := loop.time() - self._ready) > self._spec.controller.start_timeout + SILENT_SECONDS:
@@ -125,6 +128,7 @@ class Supervisor:
         }
         board = ray.remote(LoadingBoard).options(**{**BOARD_OPTIONS, **common}).remote(spec.engines)
         self._started.append(board)
+        self._following = asyncio.create_task(self._follow_target(board))
         options = {**common, "name": CONTROLLER, "max_concurrency": CALLS}
         self._controller = ray.remote(Controller).options(**options).remote(spec.controller)
         self._started.append(self._controller)
@@ -161,13 +165,54 @@ class Supervisor:
             return False
         return True
 
+    async def _follow_target(self, board: Any) -> None:
+        """Tell the board how many engines Serve is to run, for ever and over all failures."""
+        worker = self._spec.controller.worker
+        failing = False
+        while True:
+            try:
+                async with asyncio.timeout(ASK_SECONDS):
+                    target = await serve_target(worker.app, worker.deployment)
+                    # Scaled to nothing, or not deployed yet: the board knows of no replica then, and need not wait.
+                    if target:
+                        # Also what is no news: a board that Ray has started anew expects what it was made with.
+                        await board.expect.remote(target)
+                failing = False
+            except Exception as failure:
+                if not failing:
+                    logger.warning("the board is not told how many engines there are to be: %s", _said(failure))
+                failing = True
+            await asyncio.sleep(TARGET_PERIOD_SECONDS)
+
     def _end(self) -> None:
         import ray
 
+        if self._following is not None:
+            self._following.cancel()
         for actor in self._started:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
         self._started = []
+
+
+async def serve_target(app: str, deployment: str) -> int | None:
+    """How many replicas Serve is to run of a deployment, as its configuration says now; None: it knows no such one.
+
+    Serve tells it in its REST API, whose answer this is; `serve.status()` counts only the replicas that there are.
+    Raises what Ray raises.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    # Ray looks it up with a blocking call.
+    controller = await asyncio.to_thread(ray.get_actor, SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    found = await controller.get_serve_instance_details.remote()
+    known = found["applications"].get(app, {}).get("deployments", {}).get(deployment)
+    return None if known is None else int(known["target_num_replicas"])
+
+
+def _said(failure: BaseException) -> str:
+    return str(failure) or type(failure).__name__
 
 
 async def _answer(reference: Awaitable[Any], seconds: float, what: str) -> Any:

@@ -86,6 +86,8 @@ class AccessSettings:
     """Paths that need some key, whichever, and here need none."""
     session_secret: bytes = field(default=b"", repr=False)
     """Makes the keys of captured sessions; empty: there are none."""
+    session_keys: bool = False
+    """Whether those keys are let in. Only where something behind the gate keeps each to its own session."""
 
     @property
     def protected(self) -> bool:
@@ -210,20 +212,22 @@ class Gate:
             return Refusal("unauthenticated", "no API key: send `Authorization: Bearer KEY` or `x-api-key: KEY`")
         why = "the API key is not known"
         for key in offered:
-            if (caller := self._by_key(key)) is not None:
-                return caller
+            if (found := self._by_key(key)) is not None:
+                return found
         for key in offered:
             if self.settings.jwt is not None and key.count(b".") == 2:
-                found = read_token(self.settings.jwt, key)
-                if isinstance(found, Caller):
-                    return found
-                why = found
+                token = read_token(self.settings.jwt, key)
+                if isinstance(token, Caller):
+                    return token
+                why = token
         return Refusal("unauthenticated", why)
 
-    def _by_key(self, key: bytes) -> Caller | None:
+    def _by_key(self, key: bytes) -> Caller | Refusal | None:
         digest = hash_key(key)
         session = session_of(self.settings.session_secret, key.decode("latin-1"))
         if session is not None:
+            if not self.settings.session_keys:
+                return Refusal("forbidden", "this key is of one session; use it with that session's base_url")
             return Caller(f"{SESSION_CALLER}{session}", frozenset({"serve"}))
         found = None
         # All are compared, each in constant time: how long it takes tells nothing about which hash was near.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from rollout import errors
 from rollout.loading import Phase
 from rollout.tool_calls import Outcome
 from rollout.trajectory import STOP_REASONS
@@ -33,6 +34,28 @@ SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 REWARDS = (-10.0, -1.0, -0.5, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 10.0)
 # A pause of the engines, from an adapter to a checkpoint over a network.
 PAUSES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+# Categories of errors that sessions end with, so that the first of each is seen as an increase. An environment may
+# bring others.
+SESSION_ERRORS = tuple(
+    error.category
+    for error in (
+        errors.RolloutError,
+        errors.LedgerError,
+        errors.PrefixError,
+        errors.RecordError,
+        errors.RenderError,
+        errors.ToolError,
+        errors.EnvironmentError_,
+        errors.EngineError,
+        errors.EngineRefused,
+        errors.EngineTimeout,
+        errors.EngineDied,
+        errors.SessionTimeout,
+        errors.WorkerDied,
+        errors.RemoteError,
+        errors.RemoteDied,
+    )
+)
 # `rollout_reward_mean` is over so many scored sessions of a run, the newest.
 REWARD_WINDOW = 256
 
@@ -45,6 +68,15 @@ class Label:
     values: tuple[str, ...] = ()
     """All of them; empty: open, at most `limit` different ones and OTHER."""
     limit: int = 0
+    known: tuple[str, ...] = ()
+    """Of an open label: those that the program itself gives. They count towards `limit`, and counters begin at 0."""
+    summed: bool = True
+    """Of an open label: whether further values are counted as OTHER; else they have no series at all."""
+
+    @property
+    def at_birth(self) -> tuple[str, ...]:
+        """Values whose counters are there before the first event; empty: only the future knows them."""
+        return self.values or self.known
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +125,16 @@ LABELS: Mapping[str, Label] = MappingProxyType(
             ("queue", "engine", "tool", "environment", "total"),
         ),
         "direction": Label("in: context that was not sampled (prompts, tool results); out: sampled", ("in", "out")),
-        "category": Label("the first word of the trajectory's error", limit=MAX_REASONS),
-        "reason": Label("in words of the program, or of the user's own filter", limit=MAX_REASONS),
+        "category": Label("the first word of the trajectory's error", limit=MAX_REASONS, known=SESSION_ERRORS),
+        "drop_reason": Label(
+            "of the run's settings, or in the words of its own filter",
+            limit=MAX_REASONS,
+            known=("cancelled", "failed", "filter", "stale", "surplus", "truncated", "zero_variance"),
+        ),
+        "replace_reason": Label(
+            "stale: too old for the bound; failed: a member died", limit=MAX_REASONS, known=("failed", "stale")
+        ),
+        "fork_reason": Label("why the history could not be extended", limit=MAX_REASONS),
         "hold": Label("what keeps waiting groups from starting", ("paused", "memory", "staleness")),
         "staleness": Label(
             "versions between the token and the lease", ("0", "1", "2", "3", "4", "5-8", "9-16", "17+")
@@ -116,7 +156,7 @@ LABELS: Mapping[str, Label] = MappingProxyType(
             "of one replica: generation stood still; of that, loading; reading back", ("pause", "load", "verify")
         ),
         "health": Label("of a replica's weights", ("healthy", "stale", "suspect")),
-        "replica": Label("Serve's id of an engine replica, while it is listed", limit=MAX_REPLICAS),
+        "replica": Label("Serve's id of an engine replica, while it is listed", limit=MAX_REPLICAS, summed=False),
         "process": Label("`controller`, or a session worker's name", limit=MAX_WORKERS),
         "worker": Label("a session worker's name; `other` is the sum of the rest", limit=MAX_WORKERS),
         "quantile": Label("of the last minute", ("0.5", "0.99")),
@@ -131,6 +171,16 @@ LABELS: Mapping[str, Label] = MappingProxyType(
         ),
         "remote_outcome": Label("how it ended", ("completed", "error")),
         "remote_refusal": Label("busy: the queue is full; invalid: the request is wrong", ("busy", "invalid")),
+        "foreign_outcome": Label(
+            "completed: it came to its end; deadline; cancelled; remote: the server refused it, or reported an "
+            "error; remote_died: it could not be reached, went away or failed (5xx); error: this side failed",
+            ("completed", "deadline", "cancelled", "remote", "remote_died", "error"),
+        ),
+        "foreign_refusal": Label(
+            "conflict: the rollout has ended, or another call is being answered; not_found: there is no such "
+            "rollout; refused: the call breaks the protocol, or finds no room; unavailable: too many calls wait",
+            ("conflict", "not_found", "refused", "unavailable"),
+        ),
         "phase": Label("of all replicas together", get_args(Phase)),
     }
 )
@@ -154,7 +204,7 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
                 "rollout_forks_total",
                 "counter",
                 "Segments begun because the history could not be extended token by token.",
-                ("run", "reason"),
+                ("run", "reason=fork_reason"),
             ),
         ),
         "Tools": (
@@ -176,9 +226,17 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
             Metric("rollout_groups", "gauge", "Groups that are not done.", ("run", "state=group_state")),
             Metric("rollout_groups_delivered_total", "counter", "Groups that a trainer acknowledged.", ("run",)),
             Metric(
-                "rollout_groups_dropped_total", "counter", "Groups that will never be delivered.", ("run", "reason")
+                "rollout_groups_dropped_total",
+                "counter",
+                "Groups that will never be delivered.",
+                ("run", "reason=drop_reason"),
             ),
-            Metric("rollout_groups_replaced_total", "counter", "Groups that were played again.", ("run", "reason")),
+            Metric(
+                "rollout_groups_replaced_total",
+                "counter",
+                "Groups that were played again.",
+                ("run", "reason=replace_reason"),
+            ),
             Metric("rollout_runs_held", "gauge", "Runs whose waiting groups may not start.", ("reason=hold",)),
             Metric(
                 "rollout_delivered_tokens_total",
@@ -273,6 +331,24 @@ SECTIONS: Mapping[str, tuple[Metric, ...]] = MappingProxyType(
                 "counter",
                 "Rollouts that were not accepted.",
                 ("reason=remote_refusal",),
+            ),
+        ),
+        "Sessions at remote rollout servers": (
+            Metric("rollout_foreign_rollouts", "gauge", "Sessions of this cluster that such a server plays."),
+            Metric(
+                "rollout_foreign_finished_total",
+                "counter",
+                "Attempts at such sessions that ended, those that are made again included.",
+                ("outcome=foreign_outcome",),
+            ),
+            Metric(
+                "rollout_foreign_seconds", "histogram", "Seconds of such an attempt, from start to end.", (), SECONDS
+            ),
+            Metric(
+                "rollout_foreign_refused_total",
+                "counter",
+                "Calls of such servers that were not answered.",
+                ("reason=foreign_refusal",),
             ),
         ),
         "Loading": (

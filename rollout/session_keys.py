@@ -1,7 +1,8 @@
 """API keys of captured sessions and of remote rollouts: made from the session's or rollout's id and a secret, so that
 nobody has to be asked.
 
-Invariant: a key opens its own session alone, and cannot be made without the secret.
+Invariant: a key opens its own session alone, and cannot be made without the secret. So it is taken only where
+somebody compares the session with the key's: at the engines (deployments.capture) and in routes.foreign.
 """
 
 from __future__ import annotations

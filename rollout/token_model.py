@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollout import tracing
-from rollout.engine import Engine, Generation
-from rollout.errors import EngineDied, EngineRefused
+from rollout.engine import FINISH_REASONS, Engine, Generation
+from rollout.errors import EngineDied, EngineError, EngineRefused
 from rollout.ledger import Ledger, Segment
 from rollout.limits import Limits
 from rollout.next_prompt import characters, next_prompt
@@ -111,6 +111,9 @@ class TokenModel:
             self._engine_seconds += seconds
         if generation.finish_reason == "abort":
             raise EngineDied("the engine aborted the request")
+        if generation.finish_reason not in FINISH_REASONS:
+            # It would pass for a turn that the policy ended, and be scored.
+            raise EngineError(f"the engine ended the request with {generation.finish_reason!r}")
         self._ledger.sample(generation, seconds)
         return generation
 

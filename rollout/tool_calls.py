@@ -20,11 +20,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from rollout import tracing
-from rollout.errors import ToolError
+from rollout.errors import EnvironmentError_, ToolError
+from rollout.strict_json import as_unicode
 from rollout.tools import Tool
 
 # Threads of synchronous tools that outlived their deadline and could not be stopped. Past this many the process
-# refuses synchronous calls: a leak that grows without end would take the worker down silently.
+# refuses synchronous calls: a leak that grows without end would take the worker down silently. A session that is
+# refused one may succeed in another worker, and this one is replaced (actors.worker_pool).
 MAX_ABANDONED_THREADS = 256
 
 Outcome = Literal[
@@ -142,7 +144,7 @@ class ToolSet:
         except Exception as error:
             return failed("exception", f"{type(error).__name__}: {error}")
         try:
-            content = to_text(value)
+            content = as_unicode(to_text(value))
         except Exception as error:
             # RecursionError for a result that is nested too deeply, and whatever a __str__ may raise.
             return failed("exception", f"the result of {chosen.name} cannot be written as text: {error}")
@@ -158,7 +160,7 @@ class ToolSet:
 
 def _failed(call: ToolCall, seconds: float, outcome: Outcome, message: str) -> ToolResult:
     record = ToolCallRecord(call.name or "", False, seconds, f"{outcome}: {message}"[:500])
-    return ToolResult(call, f"Error: {message}"[:2000], record, outcome)
+    return ToolResult(call, as_unicode(f"Error: {message}"[:2000]), record, outcome)
 
 
 def _validated(chosen: Tool, arguments: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -214,8 +216,10 @@ def to_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-class _TooManyAbandoned(Exception):
-    pass
+class _TooManyAbandoned(EnvironmentError_):
+    """It is this process that cannot, not the session."""
+
+    retryable = True
 
 
 class _Abandoned:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from deployments.agents import ServedAgents
 from deployments.routes import body, openai_schemas
-from deployments.routes.errors import named_problems
+from deployments.routes.errors import RETRY_AFTER_S, named_problems
 from deployments.routes.event_stream import DONE, EventStream
 from rollout.agents import Agent, AgentRun, AgentTimeout, ChatEngineError, Folded, NamedAgent
 from rollout.agents.chat_engine import Chunk
@@ -39,6 +39,8 @@ T = TypeVar("T")
 GONE_POLL_S = 0.5
 # The status, in the log alone, of a request whose client has hung up.
 CLIENT_GONE = 499
+# Statuses whose clients are told when.
+_COME_AGAIN = (429, 503)
 
 
 class _Gone(Exception):
@@ -208,8 +210,9 @@ async def _gone(request: Request) -> None:
 def _error(failure: Exception) -> JSONResponse:
     status, told = _told(failure)
     headers = {}
-    if isinstance(failure, BusyError):
-        headers["retry-after"] = f"{failure.retry_after:g}"
+    if status in _COME_AGAIN:
+        known = failure.retry_after if isinstance(failure, BusyError | ChatEngineError) else None
+        headers["retry-after"] = f"{RETRY_AFTER_S if known is None else known:g}"
     if isinstance(failure, AgentTimeout):
         # OpenAI's client repeats a 504 by itself; the agent's tools would run again, as long as before.
         headers["x-should-retry"] = "false"

@@ -1,6 +1,7 @@
 """Alerts: when somebody should look, what it means, and what to do.
 
-Invariant: every alert names its way out. docs/alerts.md and the PrometheusRule are both written from here.
+Invariant: every alert names its way out, on a machine with `rollout up` and on Kubernetes, and fires for each cluster
+by itself. docs/alerts.md and the PrometheusRule are both written from here, the steps included.
 """
 
 from __future__ import annotations
@@ -11,6 +12,31 @@ from typing import Any, Literal
 _BY = "sum by (ray_io_cluster) "
 # What kept a share from being noise: less than this happened in the window.
 _ENOUGH = 20
+# Longer than a session, or "nothing has finished" means nothing. Made for sessions of minutes; see RolloutStalled.
+_STALLED = "20m"
+_SLOW_LOAD = "30m"
+# What was seen within it is not new.
+_SEEN = "1d"
+# Errors of a session whose tokens could not be proved.
+_UNPROVEN = 'rollout_session_errors_total{category=~"ledger|prefix|record"}'
+# As k8s/monitoring/pod-monitor.yaml makes them: all our pods, and the heads' port that has our metrics.
+_PODS, _FRONTS = 'up{job="rollout-cluster"}', 'up{job="rollout-cluster",endpoint="front"}'
+
+# Words that several runbooks share. `rollout status` and `rollout down` know only what `rollout up` has started here.
+_TOP = "`rollout top` (Kubernetes: with `--address http://HOST:8800`)"
+_LOG = (
+    "`rollout logs --component controller` (Kubernetes: `kubectl -n rollout logs -l ray.io/node-type=head -c "
+    "ray-head --tail=1000`)"
+)
+_RESTART = (
+    "`rollout down`, then `rollout up`. Kubernetes: change `args.revision` of the application `controller` and apply"
+)
+
+
+def _first_or_more(selector: str, window: str) -> str:
+    """Counters that have grown within a window, or were born in it: these are at 1 at once, and never increase."""
+    before = f"present_over_time({selector}[{_SEEN}] offset {window})"
+    return f"increase({selector}[{window}]) > 0 or ({selector} > 0 unless {before})"
 
 
 @dataclass(frozen=True)
@@ -28,23 +54,29 @@ class Alert:
     """Steps, in order."""
 
     @property
-    def anchor(self) -> str:
-        """Of its section in docs/alerts.md."""
-        return f"docs/alerts.md#{self.name.lower()}"
+    def steps(self) -> str:
+        """What to do, one numbered line each."""
+        return "\n".join(f"{number}. {step}" for number, step in enumerate(self.do, 1))
 
 
 ALERTS: tuple[Alert, ...] = (
     Alert(
         "RolloutMetricsMissing",
         "critical",
-        "absent(rollout_controller_ready)",
+        # Nobody has any; or a head has none; or a cluster that had some within a day has pods, perhaps no head,
+        # and none. A batch job has no gateway, and is not meant.
+        f"absent(rollout_controller_ready) or group by (ray_io_cluster) ({_FRONTS} or {_PODS} and "
+        f"on (ray_io_cluster) last_over_time(rollout_controller_ready[{_SEEN}])) unless on (ray_io_cluster) "
+        "rollout_controller_ready",
         "5m",
         "Prometheus has no metrics of the cluster",
-        "Nobody answers at the gateway's `/metrics`, or nobody asks. Nothing else here can fire meanwhile.",
+        "Nobody answers at the gateway's `/metrics`, or nobody asks. Nothing else can fire for it meanwhile. Without "
+        "the label `ray_io_cluster` several clusters look like one, and only the loss of all is seen.",
         (
             "Ask for the address by hand: `curl http://HOST:8800/metrics`. 401 or 403: give Prometheus a key, or set "
             "`metrics.public: true`.",
-            "503: the controller is away. `rollout status`, then the controller's log in Ray's session directory.",
+            "No answer, on Kubernetes: is the head there, and what says `kubectl -n rollout get rayservice,pods`?",
+            f"503: the controller is away. {_LOG}.",
             "It answers: look at the scrape's own error at Prometheus under Status, Targets.",
         ),
     ),
@@ -57,7 +89,8 @@ ALERTS: tuple[Alert, ...] = (
         "It waits for its session workers or for the engines, longer than a start should take.",
         (
             "Look at the dashboard Overview, row `Can the cluster take work?`: is something still loading?",
-            "`rollout status`: workers need one logical CPU each (`ray.num_cpus`).",
+            f"{_TOP}: are the workers there? Each needs a logical CPU: of `ray.num_cpus`, on Kubernetes of pods of "
+            "the group `sessions`. Are these `Pending`?",
         ),
     ),
     Alert(
@@ -68,7 +101,7 @@ ALERTS: tuple[Alert, ...] = (
         "The controller is started again and again",
         "Each time it comes back from its journal; sessions in flight are played again, trainers see pauses.",
         (
-            "Read the end of the controller's log for what ended it; `OutOfMemory` in Ray's log is the usual one.",
+            f"What ended it? {_LOG}; `OutOfMemory` in Ray's own lines is the usual one.",
             "Finished trajectories wait in its memory (`rollout_finished_rows_bytes`): do trainers acknowledge?",
         ),
     ),
@@ -80,8 +113,8 @@ ALERTS: tuple[Alert, ...] = (
         "The journal cannot be written, and nothing is accepted",
         "The disk is full or gone. Nothing that was acknowledged is lost, and nothing new is.",
         (
-            "Make room on the disk of `journal.path`.",
-            "`rollout down`, then `rollout up`: the controller reads the disk and goes on.",
+            "Make room on the disk of `journal.path`; on Kubernetes enlarge the claim `rollout-journal`.",
+            f"{_RESTART}, or delete the head's pod. The controller reads the disk and goes on.",
         ),
     ),
     Alert(
@@ -92,7 +125,7 @@ ALERTS: tuple[Alert, ...] = (
         "The journal holds more than 20 GB",
         "It grows with what is not acknowledged: tasks that wait and trajectories that nobody takes.",
         (
-            "`rollout status`: which run has many groups `ready` or `leased`?",
+            f"{_TOP}: which run has many groups `ready` or `leased`?",
             "Forget runs whose trainer is gone (`DELETE /v1/runs/NAME`).",
         ),
     ),
@@ -105,7 +138,7 @@ ALERTS: tuple[Alert, ...] = (
         "Sessions wait for a replica until their deadline and end as errors.",
         (
             "Dashboard Engines, row `Does Serve see them as healthy?`: are they starting, or dying?",
-            "`rollout status` has the reason of the last failure of each replica.",
+            f"{_TOP}, `--once --json`: each replica has the reason of its last failure.",
             "After a failed weight update, send the last good checkpoint again under a new version.",
         ),
     ),
@@ -117,7 +150,7 @@ ALERTS: tuple[Alert, ...] = (
         "A replica does not carry the current weights",
         "It gets no sessions. It is asked again every two seconds and replaced after three failures in a row.",
         (
-            "`rollout status` names it and the reason.",
+            f"{_TOP}, `--once --json`: its name and the reason.",
             "Weights that came over the wire cannot be loaded by a replica that started later: publish a checkpoint.",
         ),
     ),
@@ -127,32 +160,39 @@ ALERTS: tuple[Alert, ...] = (
         'max by (ray_io_cluster) (rollout_loading_phase{phase="failed"}) == 1',
         "2m",
         "An engine failed to load its model",
-        "The error is on the loading board; Serve tries once more and then gives up.",
+        "The error is on the loading board. Serve gives up after `engine.start_attempts` failures for each replica.",
         (
             "`curl http://HOST:8800/v1/loading/progress` ends with the message.",
             "Out of memory: lower `engine.vllm.gpu_memory_utilization` or raise `tensor_parallel_size`.",
+            "Start it again: `rollout up`. Kubernetes: change `args.revision` of the application `engine` and apply.",
         ),
     ),
     Alert(
         "RolloutLoadingSlow",
         "warning",
         'max by (ray_io_cluster) (rollout_loading_phase{phase="loading"}) == 1',
-        "30m",
+        _SLOW_LOAD,
         "The engines have been loading for half an hour",
-        "A slow disk or network, or a replica that cannot be scheduled.",
+        "A slow disk or network, or a replica that cannot be scheduled. Models of 60 GB and more may take so long "
+        "the first time; the deadline is `engine.start_seconds`.",
         (
-            "Dashboard Overview, panel Loading: does the ratio move?",
-            "Keep the model on a volume (`HF_HOME`); see docs/operations.md.",
+            "Dashboard Overview, panel Loading: does the ratio move? Then wait; `_SLOW_LOAD` in "
+            "k8s/monitoring/alerts.py may be as long as your model needs.",
+            "On Kubernetes: `kubectl -n rollout get pods`. `Pending`: `kubectl describe` says what is missing.",
+            "Keep the model on a volume (`HF_HOME`); on Kubernetes that is the component model-cache.",
         ),
     ),
     Alert(
         "RolloutEngineMetricsMissing",
         "warning",
-        'sum(rollout_replicas{health="healthy"}) > 0 unless on () count(ray_vllm_num_requests_running)',
+        f'{_BY}(rollout_replicas{{health="healthy"}}) > 0 unless on (ray_io_cluster) ray_vllm_num_requests_running',
         "10m",
         "Engines serve, and Prometheus has no metrics of vLLM",
         "Ray's port is not scraped: on Kubernetes the port `metrics` of every pod, locally `metrics.ray_port`.",
-        ("Add the target; docs/metrics.md has the scrape configuration.",),
+        (
+            "Add the target: docs/metrics.md has the scrape configuration, docs/kubernetes.md what Kubernetes needs.",
+            "`ray_io_cluster` must be on both targets or on neither.",
+        ),
     ),
     Alert(
         "RolloutCacheFull",
@@ -183,14 +223,18 @@ ALERTS: tuple[Alert, ...] = (
         "RolloutStalled",
         "critical",
         f'{_BY}(rollout_groups{{state=~"waiting|running"}}) > 0 and on (ray_io_cluster) '
-        f"{_BY}(increase(rollout_sessions_finished_total[20m])) == 0 unless on (ray_io_cluster) "
+        f"{_BY}(increase(rollout_sessions_finished_total[{_STALLED}])) == 0 unless on (ray_io_cluster) "
         f"{_BY}(rollout_runs_held) > 0",
         "10m",
         "There is work, nothing holds it, and nothing finishes",
-        "Sessions hang in an engine, in a tool or in an environment, or no worker takes them.",
+        "Sessions hang in an engine, in a tool or in an environment, or no worker takes them. Where sessions "
+        f"take more than {_STALLED} and ten minutes, it fires without trouble while the first ones are played: "
+        "`limits.session_seconds` allows 5400 in configs/qwen2.5-72b.yaml and 7200 in configs/gpt-oss-120b.yaml.",
         (
+            "Do sessions take so long by right? Then make `_STALLED` in k8s/monitoring/alerts.py longer than they "
+            "are, run `python -m k8s.monitoring.generate` and apply.",
             "Dashboard Sessions and tools: does the engine or a tool take the time?",
-            "Dashboard Engines: do requests run? If none does, `rollout status` for the workers.",
+            f"Dashboard Engines: do requests run? If none does, {_TOP} for the workers.",
             "Sessions end by themselves at `limits.session_seconds`.",
         ),
     ),
@@ -231,7 +275,8 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "RolloutLedgerRefuses",
         "critical",
-        f'{_BY}(increase(rollout_session_errors_total{{category=~"ledger|prefix|record"}}[15m])) > 0',
+        # The first such event counts, also where its series begins with it.
+        f"{_BY}({_first_or_more(_UNPROVEN, '15m')}) > 0",
         "0m",
         "Tokens of a session did not fit together",
         "The ledger refused to write what it could not prove. No wrong token reached a trainer; the session is lost.",
@@ -288,7 +333,7 @@ ALERTS: tuple[Alert, ...] = (
         "A weight update did not reach every replica",
         "partial: the others went on with the new weights; failed: all still have the old ones.",
         (
-            "The answer to the trainer's call names each replica and the reason; `rollout status` has it too.",
+            f"The answer to the trainer's call names each replica and the reason. So does {_TOP}, `--once --json`.",
             "Do all engines see the checkpoint's disk?",
         ),
     ),
@@ -315,7 +360,8 @@ def prometheus_rule() -> dict[str, Any]:
             "expr": alert.expr,
             "for": alert.lasts,
             "labels": {"severity": alert.severity},
-            "annotations": {"summary": alert.summary, "description": alert.means, "runbook": alert.anchor},
+            # The steps themselves: whoever is woken has the message, and perhaps not this repository.
+            "annotations": {"summary": alert.summary, "description": alert.means, "runbook": alert.steps},
         }
         for alert in ALERTS
     ]
@@ -336,7 +382,11 @@ def runbook() -> str:
     parts = [
         "# Alerts",
         "Written by `python -m k8s.monitoring.generate` from k8s/monitoring/alerts.py; change it there. The rules "
-        "are k8s/monitoring/prometheus-rule.yaml.",
+        "are k8s/monitoring/prometheus-rule.yaml, and carry these steps as the annotation `runbook`.",
+        "On Kubernetes HOST:8800 is the Service `rollout`; from your machine `kubectl -n rollout port-forward "
+        "service/rollout 8800`, then 127.0.0.1:8800. `rollout top` wants a key with the scope `trainer` in "
+        "`ROLLOUT_API_KEY`. Applications and their `args.revision` are in serveConfigV2: "
+        "[kubernetes.md](kubernetes.md#change). There `rollout status`, `down` and `up` know nothing of the cluster.",
         "| alert | severity | after | |",
     ]
     rows = ["|---|---|---|---|"]
@@ -346,6 +396,5 @@ def runbook() -> str:
     ]
     parts[-1] = "\n".join([parts[-1], *rows])
     for alert in ALERTS:
-        steps = "\n".join(f"{number}. {step}" for number, step in enumerate(alert.do, 1))
-        parts += [f"## {alert.name}", f"{alert.summary}. {alert.means}", steps, f"```promql\n{alert.expr}\n```"]
+        parts += [f"## {alert.name}", f"{alert.summary}. {alert.means}", alert.steps, f"```promql\n{alert.expr}\n```"]
     return "\n\n".join(parts) + "\n"

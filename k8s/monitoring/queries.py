@@ -65,15 +65,14 @@ FOREIGN: Mapping[str, frozenset[str]] = {
 
 NEEDS_GPU = "needs a GPU"
 RARE = "not there before the first such event; the panel falls back to 0"
+REMOTE = "a quantile of nothing, where no run is played by a remote rollout server"
 WITHOUT_DATA: Mapping[str, str] = {
     "ray_node_gpus_utilization": NEEDS_GPU,
     "ray_node_gram_used": NEEDS_GPU,
     "rollout_loading_ratio": "there only while engines load",
     "ray_vllm_engine_sleep_state": "vLLM writes it when an engine sleeps or wakes, which these engines never do",
-    "rollout_session_errors_total": RARE,
+    "rollout_foreign_seconds_bucket": REMOTE,
     "rollout_forks_total": RARE,
-    "rollout_groups_dropped_total": RARE,
-    "rollout_groups_replaced_total": RARE,
     "ray_vllm_num_preemptions_total": RARE,
     "ray_serve_deployment_error_counter_total": RARE,
     "ray_serve_num_http_error_requests_total": RARE,

@@ -191,5 +191,30 @@ SESSIONS = Dashboard(
                 ),
             ),
         ),
+        Row(
+            "What do remote rollout servers do with our sessions?",
+            (
+                Panel(
+                    "Sessions that they play",
+                    "Runs with environment.remote. At a server that stalls they pile up.",
+                    (Query(total("rollout_foreign_rollouts"), "out"),),
+                ),
+                Panel(
+                    "How their attempts end",
+                    "remote: refused or reported as failed; remote_died: not reached, or gone. And calls refused.",
+                    (
+                        Query(rate("rollout_foreign_finished_total", ["outcome"]), "{{outcome}}"),
+                        Query(rate("rollout_foreign_refused_total", ["reason"]), "call refused: {{reason}}"),
+                    ),
+                    unit="ops",
+                ),
+                Panel(
+                    "Duration of an attempt",
+                    "From start to end, whatever the end.",
+                    quantiles("rollout_foreign_seconds"),
+                    unit="s",
+                ),
+            ),
+        ),
     ),
 )

@@ -20,12 +20,16 @@ _PASSED_ON = (503, 504)
 
 
 class ChatEngineError(EngineError):
-    """The model could not answer. `status` is what the engine said, or the HTTP status that fits best."""
+    """The model could not answer. `status` is what the engine said, or the HTTP status that fits best.
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
+    `retry_after`: seconds after which the engine wants to be asked again; None: it did not say.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(status, message, retry_after)
         self.status = status
         self.message = message
+        self.retry_after = retry_after
 
     def __str__(self) -> str:
         return self.message

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Iterable
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rollout.agents.agent import Agent, opened
@@ -29,6 +30,7 @@ from rollout.agents.stream import Folded, StreamedCall, TurnStream, UsageSum
 from rollout.agents.tools_merge import MergedTools, choice_of_turn, first_choice, merge
 from rollout.errors import ApiError, ToolError
 from rollout.mcp_tools import McpServers
+from rollout.strict_json import as_unicode
 from rollout.tasks import Message
 from rollout.tool_calls import ToolCall, ToolCallRecord, ToolResult, ToolSet
 
@@ -133,7 +135,7 @@ class AgentRun:
                 return
             self._context.turn += 1
             body = await self._within(self._hooks.fire("before_llm_call", self._engine_body(request, merged, choice)))
-            turn = TurnStream(merged.kind, self._id_of(merged))
+            turn = TurnStream(merged.kind, self._id_of(merged), request.show_reasoning)
             async with aclosing(self._generate(body, turn)) as generated:
                 async for shown in generated:
                     if opening:
@@ -240,7 +242,9 @@ class AgentRun:
         if not result.record.ok and not call.is_object:
             quoted = f"{result.content}; you wrote: {call.arguments[:MAX_QUOTED]}"
             result = ToolResult(result.call, quoted, result.record, result.outcome)
-        return await self._hooks.fire("after_tool_call", result)
+        result = await self._hooks.fire("after_tool_call", result)
+        # The engine and the client could not be told the halves of characters that a cut text ends with.
+        return replace(result, content=as_unicode(result.content))
 
     async def _hold(self, turn: TurnStream, merged: MergedTools, results: list[ToolResult], caller: int) -> None:
         """Keep everything since the request, for the client's return with the rest of the answers."""

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from rollout.agents.tools_merge import MAX_REQUEST_TOOLS
 from rollout.errors import ApiError, NotFoundError
+from rollout.strict_json import problems
 from rollout.tasks import Message, Task
 
 # To the engine as they are, in every turn.
@@ -23,7 +24,7 @@ _OPENAI = {
 _VLLM = {
     *("top_k", "min_p", "repetition_penalty", "length_penalty", "min_tokens", "ignore_eos", "stop_token_ids"),
     *("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "bad_words"),
-    *("allowed_token_ids", "structured_outputs", "chat_template_kwargs", "include_reasoning"),
+    *("allowed_token_ids", "structured_outputs", "chat_template_kwargs"),
     "thinking_token_budget",
 }
 FORWARDED = frozenset(_OPENAI | _VLLM)
@@ -31,7 +32,7 @@ FORWARDED = frozenset(_OPENAI | _VLLM)
 _OWN = frozenset(
     {
         *("model", "messages", "tools", "tool_choice", "stream", "stream_options", "n"),
-        *("max_tokens", "max_completion_tokens", "functions", "function_call"),
+        *("max_tokens", "max_completion_tokens", "functions", "function_call", "include_reasoning"),
     }
 )
 # Clients send these by themselves; they say nothing about the answer.
@@ -47,6 +48,9 @@ class ChatRequest:
     tool_choice: Any = None
     max_tokens: int | None = None
     """Most tokens sampled over all turns of this request."""
+    show_reasoning: bool = True
+    """Whether the client sees the model's reasoning. The engine is asked for it in any case: without, the model
+    would not know in its next turn why it called a tool."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """What goes to the engine as it is."""
 
@@ -60,6 +64,9 @@ def parse_request(body: Any, agent: str) -> ChatRequest:
     """Check a request's body. Raises ApiError (status 400) that names the field, NotFoundError for the model."""
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object, not {type(body).__name__}")
+    # First of all: a name that cannot be sent could not be told either.
+    if (problem := next(problems(body), None)) is not None:
+        raise ApiError(str(problem), problem.where or None)
     body = {key: value for key, value in body.items() if value is not None}
     if refused := sorted(body.keys() - FORWARDED - _OWN - _WITHOUT_EFFECT):
         raise ApiError(f"{refused[0]}: agents do not take this field; leave it out", refused[0])
@@ -76,11 +83,13 @@ def parse_request(body: Any, agent: str) -> ChatRequest:
     # How the answer is sent is not the loop's business, but a field that is wrong is told all the same.
     _check_flag(body.get("stream", False), "stream")
     _check_flag(options.get("include_usage", False), "stream_options.include_usage")
+    _check_flag(body.get("include_reasoning", True), "include_reasoning")
     return ChatRequest(
         messages=_messages(body),
         tools=_tools(body.get("tools", [])),
         tool_choice=body.get("tool_choice"),
         max_tokens=_max_tokens(body),
+        show_reasoning=body.get("include_reasoning", True),
         parameters={key: value for key, value in body.items() if key in FORWARDED},
     )
 

@@ -1,8 +1,9 @@
 """One turn of the model, put together from its streamed chunks while they are shown.
 
-Invariant: every fragment is shown exactly once or never. Content and reasoning are shown as they come. A tool call
-is held until its name is whole (its first arguments, the next call or the end); then it is shown from its start if
-it is the client's, and never if it is the agent's own or unknown. What is shown and what is kept are the same text.
+Invariant: every fragment is shown exactly once or never. Content is shown as it comes, and so is reasoning unless
+the client does not want it. A tool call is held until its name is whole (its first arguments, the next call or the
+end); then it is shown from its start if it is the client's, and never if it is the agent's own or unknown. What is
+shown and what is kept are the same text.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ class TurnStream:
     """Takes the chunks of one model call; gives what the client may see.
 
     `kind_of` says whose a tool name is; `shown_id` makes the client's id of an external call from the engine's id
-    and the call's place among the external ones.
+    and the call's place among the external ones. Reasoning is kept in any case, and shown if `show_reasoning`.
     """
 
-    def __init__(self, kind_of: Callable[[str], Kind], shown_id: Callable[[str, int], str]) -> None:
+    def __init__(
+        self, kind_of: Callable[[str], Kind], shown_id: Callable[[str, int], str], show_reasoning: bool = True
+    ) -> None:
         self._kind_of = kind_of
         self._shown_id = shown_id
+        self._show_reasoning = show_reasoning
         self._by_index: dict[int, StreamedCall] = {}
         self.calls: list[StreamedCall] = []
         self.content = ""
@@ -91,11 +95,16 @@ class TurnStream:
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         delta = choice.get("delta") or {}
         shown: dict[str, Any] = {}
+        logprobs = choice.get("logprobs")
         for name in REASONING:
             if delta.get(name):
                 self.reasoning += delta[name]
                 self.reasoning_name = name
-                shown[name] = delta[name]
+                if self._show_reasoning:
+                    shown[name] = delta[name]
+                else:
+                    # They spell the reasoning's tokens out.
+                    logprobs = None
                 # An engine that writes both names means one text.
                 break
         if delta.get("content"):
@@ -108,7 +117,6 @@ class TurnStream:
             shown["tool_calls"] = fragments
         if not shown:
             return {}
-        logprobs = choice.get("logprobs")
         return {"delta": shown} if logprobs is None else {"delta": shown, "logprobs": logprobs}
 
     def end(self) -> dict[str, Any]:

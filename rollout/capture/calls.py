@@ -10,14 +10,13 @@ import copy
 import math
 from array import array
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from rollout.engine import FinishReason, Generation, VersionSpan
+from rollout.engine import FINISH_REASONS, FinishReason, Generation, VersionSpan
 from rollout.errors import LedgerError
 from rollout.ledger import IDS, LOGPROBS, Ledger
 from rollout.tasks import Message
 
-FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 UNKNOWN_ROLE = "unknown"
 """Role of tokens whose message is not known."""
 

@@ -139,7 +139,7 @@ class ForeignTurns:
             # A mask speaks of one unbroken context, and there is none any more.
             raise TurnRefused(
                 f"{prompt.fork_reason}: the new prompt does not begin with what was sampled before, so that no "
-                "response_mask describes it. A chat template that drops earlier thinking does so: use generation B, "
+                "response_mask describes it. A chat template that drops earlier thinking does so. Use generation B, "
                 "or model.renderer_options that keep it",
                 "error",
                 "messages",

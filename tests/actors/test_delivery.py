@@ -401,9 +401,7 @@ def slow(rows):
     return True
 
 
-async def test_a_filter_with_many_groups_to_look_at_is_not_late(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_filter_with_many_groups_to_look_at_is_not_late(service: Service, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(filter_function, "FILTER_SECONDS", 0.2)
     await run_of(service, 12, filters=Filters(function=f"{__name__}:slow"))
     await service.work()

@@ -302,6 +302,21 @@ async def test_only_replicas_with_the_newest_weights_are_used(start: Any):
     assert rig.served() == {"a": 1, "b": 1}
 
 
+async def test_replicas_to_avoid_get_nothing_even_with_the_newest_weights(start: Any):
+    rig = await start("a", "b")
+    await rig.generate("s")
+    rig.client.avoid(frozenset({"a"}))
+    await rig.generate("s")
+    assert rig.served() == {"a": 1, "b": 1} and set(rig.client.replicas) == {"b"}
+    rig.client.avoid(frozenset({"a", "b"}))
+    turn = asyncio.create_task(rig.generate("s"))
+    await asyncio.sleep(0.02)
+    assert not turn.done(), "it waits"
+    rig.client.avoid(frozenset({"b"}))
+    await turn
+    assert rig.served() == {"a": 2, "b": 1}
+
+
 @pytest.mark.parametrize("error", [EngineRefused("too long"), EngineError("odd")])
 async def test_an_answer_that_is_an_error_is_not_sent_again(start: Any, error: EngineError):
     rig = await start("a", "b")

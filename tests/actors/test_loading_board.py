@@ -71,6 +71,28 @@ async def test_a_new_expectation_wakes_listeners(board: LoadingBoard):
     assert [event.data for event in await asyncio.wait_for(waiter, 1)] == [READY]
 
 
+async def test_engines_that_are_taken_away_or_added_change_what_is_waited_for(board: LoadingBoard):
+    await board.expect(8)
+    for name in "abcd":
+        await board.report(name, [READY])
+    assert (await board.snapshot()).phase == "loading"
+    await board.expect(4)
+    assert (await board.snapshot()).phase == "ready", "four of eight were ready, and four are all there are to be"
+    await board.expect(5)
+    found = await board.snapshot()
+    assert (found.phase, found.expected, found.ready) == ("loading", 5, 4)
+    assert READY not in [event.data for event in found.events], "the end of the stream is withdrawn"
+
+
+async def test_what_is_no_news_wakes_nobody(board: LoadingBoard):
+    await board.report("a", [READY])
+    after = (await board.snapshot()).events[-1].id
+    waiter = asyncio.create_task(board.wait(after, 0.05))
+    await asyncio.sleep(0.01)
+    await board.expect(1)
+    assert await waiter == []
+
+
 async def test_a_stopped_replica_is_forgotten_at_once(board: LoadingBoard):
     await board.report("a", [READY])
     await board.forget("a")

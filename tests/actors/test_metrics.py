@@ -12,17 +12,27 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors.loading_board import BoardReader
 from actors.loop_lag import LoopLag
-from actors.messages import Figures, Summary, WorkerStats
+from actors.messages import Figures, ForeignNews, Summary, WorkerStats
 from actors.metrics import Metrics, Values
 from actors.metrics_gauges import Sources, collect, scrape
 from actors.replica_health import ReplicaTable
 from actors.rows import to_rows
 from actors.scheduler import Assignment
 from rollout.api import Batch, LeaseRequest, RunRequest
-from rollout.errors import NotFoundError
+from rollout.errors import LedgerError, NotFoundError, PrefixError, RecordError
 from rollout.ledger import Segment
 from rollout.loading import LoadingState
-from rollout.metrics_catalogue import CATALOGUE, LABELS, MAX_RUNS, MAX_TOOLS, MAX_WORKERS, OTHER, UNKNOWN_TOOL
+from rollout.metrics_catalogue import (
+    CATALOGUE,
+    LABELS,
+    MAX_REASONS,
+    MAX_REPLICAS,
+    MAX_RUNS,
+    MAX_TOOLS,
+    MAX_WORKERS,
+    OTHER,
+    UNKNOWN_TOOL,
+)
 from rollout.remote.order import RolloutCounts
 from rollout.tool_calls import ToolCallRecord
 from rollout.trajectory import SessionKey, Timing, Trajectory
@@ -125,6 +135,45 @@ def test_counters_with_known_labels_begin_at_zero():
     metrics.run_opened("r")
     for reason in LABELS["stop_reason"].values:
         assert value(metrics, "rollout_sessions_finished_total", run="r", stop_reason=reason) == 0
+
+
+def test_the_first_refusal_of_the_ledger_is_an_increase():
+    metrics = Metrics()
+    for error in (LedgerError, PrefixError, RecordError):
+        assert value(metrics, "rollout_session_errors_total", category=error.category) == 0
+    metrics.finished(summary(stop_reason="error"), figures(error=LedgerError.category))
+    assert value(metrics, "rollout_session_errors_total", category="ledger") == 1
+
+
+def test_a_runs_own_reasons_begin_at_zero_when_it_opens_and_no_others():
+    metrics = Metrics()
+    metrics.run_opened("r")
+    for kind in ("drop", "replace"):
+        family = {"drop": "rollout_groups_dropped_total", "replace": "rollout_groups_replaced_total"}[kind]
+        for reason in LABELS[f"{kind}_reason"].known:
+            assert value(metrics, family, run="r", reason=reason) == 0, (family, reason)
+        assert value(metrics, family, run="r", reason="too short") is None
+    assert total(metrics, "rollout_forks_total") == 0
+    metrics.dropped("r", "too short")
+    assert value(metrics, "rollout_groups_dropped_total", run="r", reason="too short") == 1
+
+
+def test_invented_words_never_crowd_out_the_programs_own():
+    metrics = Metrics()
+    for number in range(100):
+        metrics.finished(summary(), figures(error=f"kind {number}"))
+        metrics.dropped("r", f"reason {number}")
+    metrics.finished(summary(), figures(error="prefix"))
+    metrics.dropped("r", "zero_variance")
+    assert value(metrics, "rollout_session_errors_total", category="prefix") == 1
+    assert value(metrics, "rollout_groups_dropped_total", run="r", reason="zero_variance") == 1
+    categories = {
+        sample.labels["category"]
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "rollout_session_errors_total"
+    }
+    assert len(categories) == MAX_REASONS + 1
 
 
 # Bounds
@@ -359,6 +408,31 @@ def test_captured_and_remote_figures():
         assert value(metrics, "rollout_remote_refused_total", reason=reason) == 1
 
 
+def test_sessions_at_remote_rollout_servers():
+    metrics = Metrics()
+    for outcome in LABELS["foreign_outcome"].values:
+        assert value(metrics, "rollout_foreign_finished_total", outcome=outcome) == 0
+    assert value(metrics, "rollout_foreign_seconds_count") == 0
+    metrics.foreign(ForeignNews([("completed", 2.0), ("remote_died", 40.0)], {"conflict": 3}))
+    metrics.foreign(ForeignNews([("completed", 1.0), ("cancelled", 0.0)]))
+    assert value(metrics, "rollout_foreign_finished_total", outcome="cancelled") == 1
+    assert value(metrics, "rollout_foreign_finished_total", outcome="completed") == 2
+    assert value(metrics, "rollout_foreign_finished_total", outcome="remote_died") == 1
+    assert value(metrics, "rollout_foreign_seconds_count") == 3
+    assert value(metrics, "rollout_foreign_seconds_sum") == 43.0
+    refused = [value(metrics, "rollout_foreign_refused_total", reason=r) for r in LABELS["foreign_refusal"].values]
+    assert refused == [3, 0, 0, 0]
+
+
+async def test_sessions_out_at_servers_are_the_sum_over_workers(service: Service):
+    metrics = service.store.metrics
+    workers = [WorkerStats("worker-0", foreign=3), WorkerStats("worker-1"), WorkerStats("worker-2", foreign=2)]
+    collect(metrics, sources(service, workers=workers), None, None)
+    assert value(metrics, "rollout_foreign_rollouts") == 5
+    collect(metrics, sources(service), None, None)
+    assert value(metrics, "rollout_foreign_rollouts") == 0
+
+
 # A scrape
 
 
@@ -455,6 +529,24 @@ async def test_hundreds_of_workers_are_some_and_the_rest(service: Service):
     assert total(metrics, "rollout_worker_sessions") == 200
     assert value(metrics, "rollout_worker_sessions", worker=OTHER) == 2 * (100 - MAX_WORKERS)
     assert value(metrics, "rollout_event_loop_lag_seconds", process=OTHER, quantile="0.99") == 0.099
+
+
+async def test_replicas_beyond_the_bound_have_no_series_as_the_page_says(service: Service):
+    metrics, table = service.store.metrics, ReplicaTable()
+    names = [f"replica-{n:04}" for n in range(MAX_REPLICAS + 3)]
+    table.listed(names)
+    for name in names:
+        table.answered(name, 0)
+    collect(metrics, sources(service, replicas=table), None, None)
+    found = [
+        sample.labels["replica"]
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "rollout_replica_weight_version"
+    ]
+    assert len(found) == MAX_REPLICAS and OTHER not in found
+    assert not LABELS["replica"].summed and LABELS["worker"].summed
+    assert value(metrics, "rollout_replicas", health="healthy") == len(names), "they are counted all the same"
 
 
 def test_a_name_that_is_not_in_the_catalogue_is_a_key_error():

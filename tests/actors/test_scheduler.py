@@ -219,7 +219,7 @@ class Machine(RuleBasedStateMachine):
         self.made = Scheduler(3, 7)
         self.runs = ["x", "y"]
         for run, share in zip(self.runs, (1.0, 2.5), strict=True):
-            self.made.add_run(run, share)
+            self.made.add_run(run, share, guest=run == "y")
         self.groups = 0
         self.workers: list[str] = []
         self.serial = 0

@@ -9,6 +9,7 @@ import pytest
 from cluster.check import check_config, import_path
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
+from rollout.environment import Environment
 from tests.conftest import MODEL, ROOT
 
 
@@ -71,6 +72,22 @@ def test_agents_are_loaded_with_their_hooks():
     ):
         ok, detail = seen[f"agents.{name}"]
         assert not ok and words in detail
+
+
+class Searching(Environment):
+    """Needs a server of tools."""
+
+    mcp_servers = ("search",)
+
+
+def test_an_agent_wants_mcp_servers_that_the_config_names():
+    path = f"{__name__}:Searching"
+    agents = {"finder": {"environment": path}}
+    for what, made in (("agents.finder", {"agents": agents}), ("environment", {"environment": {"path": path}})):
+        ok, detail = found(config(**made, pythonpath=[str(ROOT)]))[what]
+        assert not ok and detail == f"{path} wants MCP servers that the config does not name: ['search']"
+        servers = {"search": {"url": "http://127.0.0.1:9/mcp"}}
+        assert found(config(**made, mcp_servers=servers, pythonpath=[str(ROOT)]))[what] == (True, f"{path}: no tools")
 
 
 def test_the_import_path_is_put_back():

@@ -10,12 +10,19 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 
-from cluster import cli, launch, state
+from actors.engine_client import EngineInfo
+from actors.messages import WorkerStats
+from cluster import cli, deploy, launch, state
 from cluster.state import ID_VARIABLE, ClusterState
+from rollout.api import RunInfo
 from rollout.ledger import Segment, TurnSpan
 from rollout.record import to_table
 from rollout.trajectory import SessionKey, Trajectory
@@ -130,6 +137,24 @@ def test_an_override_is_checked_like_the_file(rollout: Run, config: Path):
     code, _, err = rollout("up", config, "--set", "workers.count=many")
     assert code == 1
     assert err.splitlines()[-1].startswith("error --set workers.count: must be a whole number")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_up_says_whose_an_address_without_keys_is(
+    rollout: Run, config: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+):
+    started = ClusterState("unit", "id", "127.0.0.1:1", "", "", "", 0.0)
+    monkeypatch.setattr(launch, "up", lambda *_, **__: started)
+    code, out, err = rollout("up", config, *options)
+    told = [line for line in err.splitlines() if "needs no key" in line]
+    assert code == 0 and len(told) == 1 and "needs no key" not in out
+    assert told[0].startswith("http://127.0.0.1:8800 ") and "every user" in told[0] and "access.keys" in told[0]
+    config.write_text(
+        config.read_text() + f"access: {{keys: [{{name: app, sha256: {'0' * 64}, scopes: [serve]}}]}}\n"
+    )
+    assert "needs no key" not in rollout("up", config, *options)[2]
+    config.write_text("name: unit\nmodel: {path: org/tiny}\ngateway: {enabled: false}\n")
+    assert "needs no key" not in rollout("up", config, *options)[2]
 
 
 def test_a_config_without_environment_cannot_roll_out(rollout: Run, config: Path, tasks: Path, tmp_path: Path):
@@ -310,3 +335,52 @@ def test_status_of_nothing_and_of_a_dead_cluster(rollout: Run):
             "ray_metrics": "",
         }
     ]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the controller of a cluster that lives says of itself; an exception under `raises` in its place."""
+    told: dict[str, Any] = {
+        "engine": EngineInfo("org/tiny", 4096, 2, 0),
+        "policy_version": 3,
+        "workers": [WorkerStats("worker-0", 5, 0.001, 0.004, 0, 0, {"r1": 2}, 512.0)],
+        "runs": {},
+    }
+
+    def get(_reference: object, timeout: float) -> dict[str, Any]:
+        if "raises" in told:
+            raise told["raises"]
+        return told
+
+    remote = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(launch, "is_alive", lambda _: True)
+    monkeypatch.setattr(launch, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(deploy, "controller", lambda: SimpleNamespace(status=remote))
+    monkeypatch.setattr(ray, "get", get)
+    return told
+
+
+def test_status_shows_workers_and_runs(rollout: Run, answers: dict[str, Any]):
+    answers["runs"]["grpo"] = RunInfo(
+        "grpo", "running", "x:Y", 4, submitted=10, waiting=3, running=2, ready=1, leased=1, delivered=2,
+        dropped={"stale": 1}, sessions_running=7, sessions_done=20,
+    )  # fmt: skip
+    remember("one")
+    code, out, err = rollout("status")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "engine org/tiny TP=2 context 4096 weights 3" in lines, "what the cluster carries, not what it began with"
+    assert "worker-0 5 4 ms 512 MB r1 (2)" in lines
+    assert lines[-1] == (
+        "grpo running 10 groups: 3 waiting, 2 running, 1 ready, 1 leased, 2 delivered, 1 dropped "
+        "sessions: 20 done, 7 running"
+    )
+    code, out, _ = rollout("status", "--json")
+    assert code == 0 and json.loads(out)[0]["runs"]["grpo"]["sessions_done"] == 20
+
+
+def test_status_of_a_cluster_whose_controller_fails_without_a_word(rollout: Run, answers: dict[str, Any]):
+    answers["raises"] = TimeoutError()
+    remember("one")
+    code, out, _ = rollout("status")
+    assert code == 0 and out.splitlines()[-1].strip() == "TimeoutError"

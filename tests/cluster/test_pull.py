@@ -43,7 +43,7 @@ class HubDouble:
         if self.failure is not None:
             raise self.failure
         if dry_run:
-            return [SimpleNamespace(file_size=n, will_download=True) for n in FILES.values()]
+            return [SimpleNamespace(filename=name, file_size=n, will_download=True) for name, n in FILES.items()]
         bar = tqdm_class(name="huggingface_hub.snapshot_download", unit="B", total=TOTAL)
         for name, count in FILES.items():
             (self.directory / name).write_bytes(b"x" * count)

@@ -117,7 +117,12 @@ class Canned:
         return WeightReport(version or 4, 0.5, 20.0, [ReplicaWeights("a", 4, [RankWeights(0, "ff")])], {"b": "slow"})
 
     async def weights(self) -> dict[str, Any]:
-        return {"version": 3, "source": None, "replicas": {"a": {}}, "last_update": None}
+        return {
+            "version": 3,
+            "source": None,
+            "replicas": {"a": {"health": "healthy", "version": 3, "reason": None}},
+            "last_update": None,
+        }
 
     async def metrics_text(self) -> bytes:
         return b"# TYPE x counter\n"

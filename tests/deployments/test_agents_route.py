@@ -177,6 +177,58 @@ async def test_bodies_that_cannot_be_read():
         assert (await http.post(CHAT.replace("adder", "nobody"), json=body())).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("more", "field", "said"),
+    [
+        (b'"temperature": NaN', "temperature", "nan"),
+        (b'"top_p": -Infinity', "top_p", "-inf"),
+        (b'"chat_template_kwargs": {"a": [1e999]}', "chat_template_kwargs.a.0", "inf"),
+        (rb'"stop": ["\ud83d"]', "stop.0", "surrogate"),
+        (rb'"metadata": {"\udc00": 1}', "metadata", r"'\udc00'"),
+        (rb'"\udc00": 1', None, r"'\udc00'"),
+        (b'"stop": "\xed\xa0\xbd"', "stop", "surrogate"),
+        (b'"metadata": ' + b"[" * 500 + b"]" * 500, "metadata" + ".0" * 96, "nested more than 128 levels"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_json_that_only_python_reads_is_a_400_that_names_the_field(
+    more: bytes, field: str | None, said: str, stream: bool
+):
+    engine = ScriptedChatEngine(say("5"))
+    async with client(engine) as http:
+        content = json.dumps(body(stream=stream)).encode()[:-1] + b", " + more + b"}"
+        answer = await http.post(CHAT, content=content)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field) and said in error["message"]
+    assert engine.bodies == []
+
+
+async def test_half_a_character_in_a_message_is_named():
+    messages = [USER, {"role": "user", "content": "x\ud83d"}]
+    async with client(ScriptedChatEngine(say("5"))) as http:
+        # As JavaScript writes a text that was cut inside a character.
+        answer = await http.post(CHAT, content=json.dumps(body(messages=messages)))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages.1.content")
+        answer = await http.post(CHAT, json=body(include_reasoning="no"))
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "include_reasoning")
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "after"),
+    [
+        (ChatEngineError(503, "not reached"), 503, "1"),
+        (ChatEngineError(429, "too many"), 429, "1"),
+        (ChatEngineError(429, "too many", 7.0), 429, "7"),
+        (ChatEngineError(400, "no"), 400, None),
+        (ChatEngineError(401, "no", 7.0), 502, None),
+    ],
+)
+async def test_who_may_come_again_is_told_when(failure: ChatEngineError, status: int, after: str | None):
+    async with client(ScriptedChatEngine([failure])) as http:
+        answer = await http.post(CHAT, json=body())
+    assert (answer.status_code, answer.headers.get("retry-after")) == (status, after)
+
+
 @pytest.mark.parametrize(("scopes", "names"), [({"chat"}, ["add"]), ({"admin", "chat"}, ["add", "secret"])])
 async def test_scopes_come_from_whoever_authenticates(scopes: set[str], names: list[str]):
     engine = ScriptedChatEngine(say("ok"))

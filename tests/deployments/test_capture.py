@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI, Request
 
 from deployments import capture
+from deployments.access import install
 from deployments.capture import RECORDING, CaptureMiddleware, Recording
+from rollout.access import AccessSettings
 from rollout.capture.calls import CapturedCall
-from rollout.errors import ConflictError, UnavailableError
+from rollout.errors import ConflictError, NotFoundError, RefusedError, UnavailableError
 
 CHAT = "/v1/chat/completions"
 
@@ -94,10 +98,30 @@ async def call(
     caller: str = "app",
     scopes: frozenset[str] = frozenset({"trainer"}),
     pieces: int = 1,
+    method: str = "POST",
 ) -> tuple[int, Any]:
-    """One request; its status and body."""
+    """One request; its status and body. `body`: JSON, or bytes as they are."""
+    start, content = await answer(
+        middleware, path, session=session, body=body, caller=caller, scopes=scopes, pieces=pieces, method=method
+    )
+    return start["status"], content
+
+
+async def answer(
+    middleware: CaptureMiddleware,
+    path: str = CHAT,
+    *,
+    session: str | None = "s1",
+    body: Any = None,
+    caller: str = "app",
+    scopes: frozenset[str] = frozenset({"trainer"}),
+    pieces: int = 1,
+    method: str = "POST",
+) -> tuple[Any, Any]:
+    """One request; the start of its answer and the body."""
     sent: list[Any] = []
-    content = json.dumps(body if body is not None else {"messages": [{"role": "user", "content": "?"}]}).encode()
+    asked = body if body is not None else {"messages": [{"role": "user", "content": "?"}]}
+    content = asked if isinstance(asked, bytes) else json.dumps(asked).encode()
     step = -(-len(content) // pieces)
     parts = [content[i : i + step] for i in range(0, len(content), step)]
     messages = [
@@ -113,9 +137,9 @@ async def call(
 
     headers = [] if session is None else [(capture.SESSION_HEADER, session.encode())]
     state = {"caller": caller, "scopes": scopes, "correlation_id": "c-1"}
-    scope = {"type": "http", "path": path, "headers": headers, "state": state}
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "state": state}
     await middleware(scope, receive, send)
-    return sent[0]["status"], sent[1]["body"]
+    return sent[0], sent[1]["body"]
 
 
 def middleware(keeper: Keeper, *outputs: Any, version: Any = lambda: 3) -> tuple[CaptureMiddleware, Engine]:
@@ -195,6 +219,12 @@ async def test_several_choices_are_several_calls():
         ),
         (CHAT, {"messages": ["not a message"]}, None),
         (CHAT, [1], None),
+        (CHAT, b"[" * 100_000, None),
+        (CHAT, b"\xff{", None),
+        # Such a one could not be sent to the controller, or not be read in the record.
+        (CHAT, b'{"messages": [{"role": "user", "content": ' + b"[" * 400 + b"]" * 400 + b"}]}", None),
+        (CHAT, b'{"messages": [{"role": "user", "content": "a", "weight": 1e999}]}', None),
+        (CHAT, b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', [{"role": "user", "content": "\ud83d"}]),
     ],
 )
 async def test_conversations_come_in_several_forms(path: str, body: Any, messages: Any):
@@ -256,6 +286,77 @@ async def test_a_generation_without_a_logprob_is_lost_and_not_repaired():
     assert recording.calls == [] and recording.lost
 
 
+async def test_an_answer_at_once_that_is_cut_off_is_lost():
+    recording = Recording("r", "chat", "", None, lambda: 7)
+    begun = asyncio.Event()
+
+    async def generating() -> AsyncGenerator[Any]:
+        begun.set()
+        await asyncio.Event().wait()
+        yield
+
+    async def read() -> None:
+        async for _ in recording.follow(generating()):
+            pass
+
+    reading = asyncio.ensure_future(read())
+    await asyncio.wait_for(begun.wait(), 5)
+    assert recording.under_way == 1
+    reading.cancel()
+    await asyncio.wait({reading})
+    assert (recording.calls, recording.lost, recording.under_way) == ([], True, 0)
+
+
+async def test_what_vllm_refuses_before_it_samples_is_not_lost():
+    exceptions = pytest.importorskip("vllm.exceptions")
+    for failure, lost in (
+        (ValueError("the prompt is too long"), False),
+        (exceptions.VLLMValidationError("the prompt is too long"), False),
+        (RuntimeError("the engine died"), True),
+    ):
+        recording = Recording("r", "chat", "", None, lambda: 7)
+        with pytest.raises(type(failure)):
+            await anext(recording.follow(stream(failure)))
+        assert (recording.calls, recording.lost) == ([], lost)
+
+
+async def test_a_generation_that_ends_after_its_request_is_waited_for():
+    """As vLLM has it: the handler is told to end when the client has gone, and not waited for."""
+    keeper = Keeper()
+    served, _ = middleware(keeper)
+    ending: list[asyncio.Task[None]] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        async def handle() -> None:
+            recording = RECORDING.get()
+            assert recording is not None
+            following = recording.follow(stream(output(piece([5], "a")), output(piece([6], "b", "stop"))))
+            await anext(following)
+            await asyncio.sleep(0.1)
+            await following.aclose()
+
+        ending.append(asyncio.ensure_future(handle()))
+        await asyncio.sleep(0.02)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    served._app = application
+    await call(served)
+    _, (found,), lost = await reported(keeper)
+    assert (found.token_ids.tolist(), lost) == ([5], False)
+    await ending[0]
+
+
+async def test_a_generation_that_does_not_end_is_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(capture, "SETTLE_SECONDS", 0.05)
+    recording = Recording("r", "chat", "", None, lambda: 7)
+    following = recording.follow(stream(output(piece([5], "a"))))
+    await anext(following)
+    await recording.settle()
+    assert recording.lost
+    await following.aclose()
+
+
 async def test_an_engine_that_fails_is_reported_with_what_it_had():
     keeper = Keeper()
     served, _ = middleware(keeper, output(piece([5], "a")), RuntimeError("the engine died"))
@@ -299,17 +400,53 @@ async def test_a_request_of_no_session_is_not_touched():
     assert engine.recordings == [None] and keeper.begun == []
 
 
-async def test_paths_that_sample_nothing_are_not_recorded():
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models"),
+        ("GET", CHAT),
+        ("POST", "/tokenize"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/v1/responses/resp_1/cancel"),
+    ],
+)
+async def test_paths_that_sample_nothing_are_not_recorded(method: str, path: str):
     keeper = Keeper()
     served, engine = middleware(keeper)
-    assert (await call(served, "/v1/models"))[0] == 200
+    assert (await call(served, path, method=method))[0] == 200
     assert engine.recordings == [None] and keeper.begun == []
+
+
+@pytest.mark.parametrize("path", [f"{CHAT}/batch", f"{CHAT}/", "/inference/v1/generate", "/v1/nothing"])
+async def test_what_would_sample_unrecorded_is_refused_in_a_session(path: str):
+    keeper = Keeper()
+    served, engine = middleware(keeper)
+    status, content = await call(served, path)
+    assert status == 400 and "would not be recorded" in json.loads(content)["error"]["message"]
+    assert engine.bodies == [] and keeper.begun == []
+    assert (await call(served, path, session=None))[0] == 200, "outside of sessions it is vLLM's business"
+
+
+@pytest.mark.parametrize("field", ["use_beam_search", "background"])
+async def test_generations_that_cannot_be_followed_are_refused_by_name(field: str):
+    keeper = Keeper()
+    served, engine = middleware(keeper)
+    for value in (True, 1, "true"):
+        status, content = await call(served, body={"messages": [], field: value})
+        error = json.loads(content)["error"]
+        assert (status, error["param"]) == (400, field) and field in error["message"]
+    assert engine.bodies == [] and keeper.begun == []
+    for value in (False, None):
+        assert (await call(served, body={"messages": [], field: value}))[0] == 200
+    assert (await call(served, body={"messages": [], field: True}, session=None))[0] == 200
 
 
 @pytest.mark.parametrize(
     ("failure", "status", "said"),
     [
-        (ConflictError("session 's1' is closed"), 409, "is closed"),
+        # Clients repeat a 409 by themselves.
+        (ConflictError("session 's1' is closed"), 410, "is closed"),
+        (RefusedError("the session has had its 2 calls"), 422, "2 calls"),
         (UnavailableError("the controller is gone"), 503, "is gone"),
         (TimeoutError(), 503, "does not answer"),
     ],
@@ -324,12 +461,110 @@ async def test_a_session_that_takes_nothing_is_told_before_anything_is_sampled(
     assert engine.bodies == []
 
 
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        (CHAT, {"message": "no", "type": "server_error", "param": None, "code": "unavailable"}),
+        ("/v1/messages", {"message": "no", "type": "api_error"}),
+    ],
+)
+async def test_refusals_have_the_form_that_their_clients_read_and_say_when(path: str, shape: dict[str, Any]):
+    served, _ = middleware(Keeper(refuse=UnavailableError("no")))
+    start, content = await answer(served, path)
+    assert start["status"] == 503 and (b"retry-after", b"1") in start["headers"]
+    told = json.loads(content)
+    assert told["error"] == shape
+    if path == "/v1/messages":
+        assert (told["type"], told["request_id"]) == ("error", "c-1")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (ConflictError("closed"), "invalid_request_error"),
+        (NotFoundError("no session"), "not_found_error"),
+    ],
+)
+async def test_anthropics_errors_have_anthropics_names(failure: Exception, kind: str):
+    start, content = await answer(middleware(Keeper(refuse=failure))[0], "/v1/messages")
+    assert json.loads(content)["error"]["type"] == kind
+    assert b"retry-after" not in dict(start["headers"])
+    _, content = await answer(middleware(Keeper())[0], "/v1/messages", caller="session:other")
+    assert json.loads(content)["error"]["type"] == "permission_error"
+
+
+# What begins, ends
+
+
+async def test_a_body_that_is_too_large_begins_nothing():
+    app = FastAPI()
+
+    @app.post(CHAT)
+    async def served(request: Request) -> int:
+        return len(await request.body())
+
+    keeper = Keeper()
+    app.add_middleware(CaptureMiddleware, keeper=keeper, version=lambda: 1)
+    install(app, AccessSettings(max_body_bytes=100))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+    async def pieces(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"x" * 10
+
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        headers = {capture.SESSION_HEADER.decode(): "s1"}
+        refused = await http.post(CHAT, content=pieces(11), headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+        assert keeper.begun == [] and keeper.ended == []
+        assert (await http.post(CHAT, content=pieces(10), headers=headers)).text == "100"
+    assert (await reported(keeper))[1] == [] and keeper.begun == ["s1"]
+
+
+async def test_a_client_that_goes_away_inside_its_body_begins_nothing():
+    keeper = Keeper()
+    served, engine = middleware(keeper)
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nobody listens")
+
+    headers = [(capture.SESSION_HEADER, b"s1")]
+    state = {"caller": "app", "scopes": frozenset({"trainer"})}
+    await served({"type": "http", "method": "POST", "path": CHAT, "headers": headers, "state": state}, receive, send)
+    assert engine.bodies == [] and keeper.begun == []
+
+
+async def test_a_body_nested_without_end_is_served_and_ends():
+    keeper = Keeper()
+    served, engine = middleware(keeper)
+    await call(served, body=b"[" * 100_000)
+    assert (await reported(keeper))[1:] == ([], False) and len(engine.bodies) == 1
+
+
+@pytest.mark.parametrize("failure", [UnavailableError("the controller is gone"), TimeoutError()])
+async def test_a_begin_without_an_answer_is_ended_all_the_same(failure: Exception):
+    keeper = Keeper(refuse=failure)
+    assert (await call(middleware(keeper)[0]))[0] == 503
+    assert await reported(keeper) == ("s1", [], False)
+
+
+async def test_a_begin_that_is_refused_needs_no_end():
+    keeper = Keeper(refuse=ConflictError("closed"))
+    served, _ = middleware(keeper)
+    await call(served)
+    assert not served._reports and keeper.ended == []
+
+
 # Reports
 
 
 async def test_a_report_is_tried_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(capture, "REPORT_PAUSE_S", 0.01)
-    keeper = Keeper(failures=[RuntimeError("no connection"), RuntimeError("still none")])
+    keeper = Keeper(failures=[RuntimeError("no connection"), UnavailableError("it did not answer")])
     served, _ = middleware(keeper, output(piece([5], "a", "stop", versions=spans((3, 0, 1)))))
     await call(served)
     assert len((await reported(keeper))[1]) == 1

@@ -101,6 +101,29 @@ async def test_refusals_are_told_with_their_status(status: int, content: bytes, 
     assert caught.value.status == status and said in str(caught.value)
 
 
+@pytest.mark.parametrize("told", [b"7", b"99999", b"Wed, 21 Oct 2099 07:28:00 GMT", None])
+async def test_a_server_may_say_when_to_come_again(told: bytes | None):
+    headers = {} if told is None else {"retry-after": told}
+    with pytest.raises(ChatEngineError) as caught:
+        await read(engine(lambda _: httpx.Response(429, content=b"{}", headers=headers)))
+    assert caught.value.retry_after == {b"7": 7.0, b"99999": 3600.0}.get(told or b"")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "half \ud83d", "nested"])
+async def test_a_body_that_is_no_json_is_the_askers_mistake(value: Any):
+    if value == "nested":
+        value = []
+        for _ in range(100_000):
+            value = [value]
+
+    def never(_: httpx.Request) -> httpx.Response:
+        raise AssertionError("nothing is sent")
+
+    with pytest.raises(ChatEngineError, match="cannot be sent to the model as JSON") as caught:
+        await read(engine(never), {**BODY, "value": value})
+    assert caught.value.status == 400
+
+
 @pytest.mark.parametrize(
     ("piece", "status", "said"),
     [

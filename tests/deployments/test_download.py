@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils.tqdm import _create_progress_bar
 
 from deployments import download as room
-from deployments.download import DownloadError, DownloadProgress, download
+from deployments.download import DownloadError, DownloadProgress, download, engine_download
 
 FILES = {"config.json": 100, "model-1.safetensors": 60_000, "model-2.safetensors": 40_000}
 TOTAL = sum(FILES.values())
@@ -200,3 +201,45 @@ def test_the_real_call_without_network_and_without_a_copy(tmp_path: Path, monkey
         download("owner/name", lambda _: None)
     with pytest.raises(DownloadError, match="no name of a hub model"):
         download("owner/name/more", lambda _: None)
+
+
+# As an engine needs it
+
+
+@pytest.mark.parametrize(
+    ("load_format", "taken", "total"),
+    [("auto", "consolidated", 70_100), ("mistral", "consolidated", 70_100), ("hf", "model", TOTAL)],
+)
+def test_of_two_copies_of_the_weights_the_one_is_fetched_that_vllm_reads(
+    hub: FakeHub, told: list[DownloadProgress], load_format: str, taken: str, total: int
+):
+    hub.sizes["consolidated-1.safetensors"] = 70_000
+    whole(hub.directory)
+    hub.cached = set(FILES)
+    download("owner/name", told.append, snapshot_download=hub, load_format=load_format)
+    patterns = {name: hub.calls[-1][name] for name in ("allow_patterns", "ignore_patterns")}
+    weights = [name for name in filter_repo_objects(hub.sizes, **patterns) if name.endswith(".safetensors")]
+    assert weights and all(name.startswith(taken) for name in weights)
+    assert told[-1].bytes_total == total
+
+
+def test_an_engines_download_goes_where_vllm_looks(hub: FakeHub, told: list[DownloadProgress]):
+    arguments = {"revision": "v1", "hf_token": "t", "download_dir": "/big", "max_model_len": 4096}
+    fetch = engine_download("owner/name", arguments, hub)
+    assert fetch is not None and fetch(told.append) == hub.directory and told[-1].bytes_downloaded == TOTAL
+    for call in hub.calls:
+        assert (call["revision"], call["token"], call["cache_dir"]) == ("v1", "t", "/big")
+    fetch = engine_download("owner/name", {"hf_token": True}, hub)
+    assert fetch is not None and fetch(told.append)
+    assert hub.calls[-1]["token"] is None and "cache_dir" not in hub.calls[-1]
+
+
+def test_what_vllm_fetches_otherwise_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "model.gguf").touch()
+    for model in (str(tmp_path), str(tmp_path / "model.gguf"), "s3://bucket/model", "owner/name:Q4_K_M"):
+        assert engine_download(model, {}) is None
+    for chosen in ("pt", "gguf", "dummy", "runai_streamer", "bitsandbytes"):
+        assert engine_download("owner/name", {"load_format": chosen}) is None
+    assert engine_download("owner/name", {"load_format": None}) is not None
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    assert engine_download("owner/name", {}) is None

@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.gateway import make_app
+from deployments import gateway
+from deployments.gateway import GatewaySpec, build_gateway_app, make_app, say_if_open
 from rollout import AsyncRolloutClient, Batch, NoBatch, Task
+from rollout.access import AccessKey, AccessSettings, hash_key
 from rollout.api import LeaseRequest, RunInfo
 from rollout.errors import (
     ApiError,
@@ -42,6 +44,7 @@ class Direct:
         self.acknowledge, self.extend = service.delivery.acknowledge, service.delivery.extend
         self.release = service.delivery.release
         self.failures: list[Exception] = []
+        self.replicas = {"a": {"health": "healthy", "version": 3, "reason": None}}
 
     async def run_info(self, run: str) -> RunInfo:
         if self.failures:
@@ -52,7 +55,9 @@ class Direct:
         return self.service.runs.runs()
 
     async def weights(self) -> dict[str, Any]:
-        return {"version": 3, "replicas": {"a": {}}}
+        if self.failures:
+            raise self.failures.pop(0)
+        return {"version": 3, "replicas": self.replicas}
 
     async def update_weights(self, source: Any, version: int | None) -> WeightReport:
         if source.path == "/bad":
@@ -296,6 +301,82 @@ async def test_health_and_document(http: httpx.AsyncClient):
     assert "requestBody" in document["paths"]["/v1/runs"]["post"]
 
 
+async def test_a_cluster_that_starts_is_not_ready_and_says_so(http: httpx.AsyncClient, backend: Direct):
+    for path in ("/ready", "/v1/weights"):
+        backend.failures = [UnavailableError("the cluster is starting")]
+        told = await http.get(path)
+        assert (told.status_code, told.headers["retry-after"]) == (503, "1")
+        assert told.json()["error"]["message"] == "the cluster is starting"
+    assert (await http.get("/health")).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "reason"),
+    [
+        ({}, "none has answered yet"),
+        ({"a": {"health": "suspect", "version": 3, "reason": "it does not answer"}}, "it does not answer"),
+        ({"a": {"health": "stale", "version": 2, "reason": None}}, "none has answered yet"),
+        ({"a": {"health": "stale", "version": None, "reason": None}}, "none has answered yet"),
+    ],
+)
+async def test_a_cluster_without_an_engine_is_not_ready(
+    http: httpx.AsyncClient, backend: Direct, replicas: dict[str, Any], reason: str
+):
+    backend.replicas = replicas
+    told = await http.get("/ready")
+    assert told.status_code == 503
+    assert told.json()["error"]["message"] == f"no engine replica carries the current weights: {reason}"
+
+
+async def test_engines_that_are_ahead_are_ready_and_others_do_not_count(http: httpx.AsyncClient, backend: Direct):
+    backend.replicas = {
+        "ahead": {"health": "stale", "version": 4, "reason": None},
+        "behind": {"health": "stale", "version": 2, "reason": None},
+    }
+    assert (await http.get("/ready")).json() == {"status": "ready", "policy_version": 3, "replicas": 1}
+
+
+async def test_a_controller_that_is_silent_is_not_ready(
+    http: httpx.AsyncClient, backend: Direct, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gateway, "READY_SECONDS", 0.05)
+    monkeypatch.setattr(backend, "weights", lambda: asyncio.sleep(60))
+    told = await http.get("/ready")
+    assert (told.status_code, told.headers["retry-after"]) == (503, "1")
+    assert told.json()["error"]["message"] == "the controller did not answer within 0.05 s"
+
+
+async def test_a_gateways_own_backend_does_not_wait_to_look(backend: Direct, monkeypatch: pytest.MonkeyPatch):
+    from ray import serve
+
+    made: list[Any] = []
+    asked: dict[str, Any] = {}
+
+    def connect(cluster: str, **options: Any) -> Direct:
+        asked.update(options, cluster=cluster)
+        return backend
+
+    # Serve calls what `ingress` is given in the gateway's own process.
+    monkeypatch.setattr(serve, "ingress", lambda make: lambda cls: made.append(make) or cls)
+    monkeypatch.setattr(serve, "deployment", lambda **_: lambda cls: type("Bound", (), {"bind": lambda: cls}))
+    monkeypatch.setattr(gateway, "RayBackend", connect)
+    build_gateway_app(GatewaySpec("c", MAX_BODY, AccessSettings()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(made[0]()), base_url="http://gateway") as http:
+        assert (await http.get("/ready")).status_code == 200
+    assert asked["cluster"] == "c" and asked["looks_wait"] is False and asked["patience"] == gateway.PATIENCE_S
+
+
 def test_statuses_have_their_errors():
     for kind in (NotFoundError, ConflictError, RefusedError, UnavailableError):
         assert issubclass(kind, ApiError)
+
+
+def test_the_log_says_that_everybody_of_the_machine_may_come(caplog: pytest.LogCaptureFixture):
+    say_if_open(GatewaySpec("c", MAX_BODY, AccessSettings(), engine="http://127.0.0.1:8800"))
+    (line,) = caplog.messages
+    assert caplog.records[0].levelname == "WARNING" and "\n" not in line
+    assert line.startswith("http://127.0.0.1:8800 needs no key") and "every user" in line and "access.keys" in line
+    caplog.clear()
+    keys = (AccessKey("app", hash_key("k"), frozenset({"serve"})),)
+    say_if_open(GatewaySpec("c", MAX_BODY, AccessSettings(keys=keys), engine="http://127.0.0.1:8800"))
+    assert caplog.messages == []

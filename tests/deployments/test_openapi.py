@@ -13,7 +13,7 @@ import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from rollout.agents import AgentRegistry, ChatEngineError
+from tests import openai_chunks
 from tests.deployments.canned import application
 from tests.rollout.agents.scripted_chat import (
     USER,
@@ -159,21 +160,10 @@ async def streamed(turns: list[Any], **fields: Any) -> tuple[list[dict[str, Any]
 @pytest.mark.parametrize("name", TURNS)
 async def test_every_chunk_fits_openais_schema(name: str):
     chunks, whole = await streamed(TURNS[name])
-    # Strictly: no field is of another type than it says, and none that is required is missing.
-    typed = [ChatCompletionChunk.model_validate(one, strict=True) for one in chunks]
-    for one, given in zip(typed, chunks, strict=True):
-        assert one.object == "chat.completion.chunk" and (one.id, one.created, one.model) == (
-            typed[0].id, typed[0].created, "adder",
-        )  # fmt: skip
-        assert not (one.model_extra or {}).keys() - {"agent_event"}, given
-        for choice in one.choices:
-            assert not (choice.model_extra or {}), given
-            assert not (choice.delta.model_extra or {}).keys() - {"reasoning"}, given
-    first, *_, last, counted = typed
-    assert first.choices[0].delta.role == "assistant" and first.choices[0].delta.content == ""
-    assert [c.finish_reason for one in typed for c in one.choices if c.finish_reason] == [
-        last.choices[0].finish_reason
-    ]
+    typed = openai_chunks.checked(chunks, {"agent_event", "choices.delta.reasoning"})
+    assert {one.model for one in typed} == {"adder"}
+    *_, last, counted = typed
+    assert last.choices[0].finish_reason is not None
     assert counted.choices == [] and counted.usage is not None
     assert counted.usage.total_tokens == counted.usage.prompt_tokens + counted.usage.completion_tokens
     assert all(one.usage is None for one in typed[:-1])
@@ -184,24 +174,9 @@ async def test_every_chunk_fits_openais_schema(name: str):
     assert choice.finish_reason == last.choices[0].finish_reason
     said = "".join(c.delta.content or "" for one in typed for c in one.choices)
     assert said == (choice.message.content or "")
-    assert _calls(typed) == [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or []]  # type: ignore[union-attr]
-
-
-def _calls(chunks: list[ChatCompletionChunk]) -> list[tuple[str, str]]:
-    """Tool calls put together from their fragments: each begins with its id and name, and goes on by its index."""
-    found: dict[int, tuple[str, str]] = {}
-    for one in chunks:
-        for choice in one.choices:
-            for call in choice.delta.tool_calls or []:
-                assert call.function is not None
-                if call.index not in found:
-                    assert call.index == len(found) and call.id and call.type == "function" and call.function.name
-                    found[call.index] = (call.function.name, call.function.arguments or "")
-                else:
-                    assert call.id is None and call.function.name is None
-                    name, arguments = found[call.index]
-                    found[call.index] = (name, arguments + (call.function.arguments or ""))
-    return list(found.values())
+    assert openai_chunks.calls(typed) == [
+        (c.function.name, c.function.arguments) for c in choice.message.tool_calls or []
+    ]  # type: ignore[union-attr]
 
 
 async def test_an_error_in_a_stream_is_what_openais_client_raises():

@@ -7,12 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
+from deployments import replica_weights
 from deployments.checkpoint import content_digest
-from deployments.replica_weights import ReplicaUpdater
+from deployments.replica_weights import LORA_ID, ReplicaUpdater
 from rollout.errors import EngineError, WeightsRefused
 from rollout.weights import CheckpointSource, LoraSource, TransferSource
 
@@ -24,25 +29,39 @@ def checkpoint(path: Path, value: float) -> Path:
 
 
 class FakeEngine:
-    """A TEST DOUBLE of AsyncLLM with two ranks; `fail` names calls that raise, `lie` what the ranks misreport."""
+    """A TEST DOUBLE of AsyncLLM with two ranks; `fail` and `hang`: calls that do; `lie`: what the ranks misreport."""
 
     def __init__(self, served: Path) -> None:
         self.calls: list[str] = []
         self.loaded = served
         self.fail: set[str] = set()
+        self.hang: set[str] = set()
         self.lie: dict[str, Any] = {}
         self.vllm_config = SimpleNamespace(lora_config=None, weight_transfer_config=None)
+        self.adapters: list[Any] = []
+        # What vLLM's list of served models asks of its engine.
+        self.model_config = self.renderer = self.input_processor = None
 
     def note(self, call: str) -> None:
         self.calls.append(call)
         if call in self.fail:
             raise RuntimeError(f"{call} failed")
 
+    async def hanging(self, call: str) -> None:
+        self.note(call)
+        if call in self.hang:
+            await asyncio.sleep(60)
+
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        self.note(f"pause {mode}")
+        await self.hanging(f"pause {mode}")
 
     async def resume_generation(self) -> None:
-        self.note("resume")
+        await self.hanging("resume")
+
+    async def add_lora(self, request: Any) -> bool:
+        self.note(f"adapter {Path(request.lora_path).name}")
+        self.adapters.append(request)
+        return True
 
     async def update_weight_version(self, version: str) -> None:
         self.note(f"version {version}")
@@ -144,11 +163,93 @@ async def test_a_replica_that_cannot_go_back_is_broken_and_stays_frozen(
     assert "resume" not in engine.calls
 
 
+async def test_a_pause_that_does_not_come_in_time_is_taken_back(
+    updater: ReplicaUpdater, engine: FakeEngine, new: CheckpointSource, monkeypatch: pytest.MonkeyPatch
+):
+    """It may come later, and nobody would end it."""
+    monkeypatch.setattr(replica_weights, "PAUSE_SECONDS", 0.02)
+    engine.hang = {"pause keep"}
+    with pytest.raises(EngineError, match="did not pause within"):
+        await updater.apply(new, 7)
+    assert engine.calls == ["read back", "pause keep", "resume"] and updater.broken is None
+    engine.hang = set()
+    assert (await updater.apply(new, 8)).version == 8
+
+
+@pytest.mark.parametrize("how", ["fail", "hang"])
+@pytest.mark.parametrize("also", [set(), {"load new"}])
+async def test_a_replica_that_cannot_go_on_is_broken(
+    updater: ReplicaUpdater,
+    engine: FakeEngine,
+    new: CheckpointSource,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    also: set[str],
+):
+    monkeypatch.setattr(replica_weights, "PAUSE_SECONDS", 0.02)
+    engine.fail = set(also)
+    getattr(engine, how).add("resume")
+    with pytest.raises((EngineError, RuntimeError)):
+        await updater.apply(new, 7)
+    assert updater.broken is not None and "generation could not be resumed" in updater.broken
+
+
 async def test_one_update_at_a_time(updater: ReplicaUpdater, engine: FakeEngine, new: CheckpointSource):
     await asyncio.gather(updater.apply(new, 1), updater.apply(CheckpointSource(path=str(engine.loaded)), 2))
     first = engine.calls.index("resume")
     assert engine.calls.index("pause keep", first) > first
     assert engine.calls.count("pause keep") == 2
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(engine: FakeEngine, tmp_path: Path) -> LoraSource:
+    engine.vllm_config.lora_config = SimpleNamespace(max_cpu_loras=2)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    return LoraSource(name="mine", path=str(tmp_path / "a"))
+
+
+async def test_an_adapter_is_loaded_in_place_and_used_without_loading_it_again(
+    updater: ReplicaUpdater, engine: FakeEngine, adapter: LoraSource, new: CheckpointSource
+):
+    await updater.apply(adapter, 1)
+    assert engine.calls[1:4] == ["pause keep", "adapter a", "read back"] and engine.adapters[0].load_inplace
+    assert (updater.lora.lora_path, updater.lora.load_inplace) == (adapter.path, False)
+    await updater.apply(adapter, 2)
+    assert len({request.lora_int_id for request in engine.adapters}) == 1, "a new one takes the place of the old one"
+    await updater.apply(new, 3)
+    assert updater.lora is None
+
+
+async def test_vllm_tells_the_policys_adapter_from_those_that_it_serves(
+    updater: ReplicaUpdater, engine: FakeEngine, adapter: LoraSource
+):
+    """vLLM's own list of served models is asked, with its own numbers."""
+    client: Any = engine
+    served = OpenAIServingModels(client, [BaseModelPath(name="model", model_path="/m")])
+    for name in ("mine", "other"):
+        await served.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=f"/{name}"))
+    await updater.apply(adapter, 1)
+    *theirs, ours = engine.adapters
+    assert [request.lora_int_id for request in theirs] == [1, 2], "it counts from 1"
+    assert ours.lora_int_id == updater.lora.lora_int_id == LORA_ID
+    assert np.iinfo(np.int32).max == LORA_ID, "as far away as its arrays of ids allow"
+    # A batch is a set of requests, which are equal where their names are.
+    assert len({*theirs, ours}) == 3 and updater.lora.lora_name == ours.lora_name
+
+
+async def test_an_adapter_that_could_be_thrown_out_for_a_served_one_is_refused(
+    engine: FakeEngine, adapter: LoraSource
+):
+    def with_served(count: int) -> ReplicaUpdater:
+        return ReplicaUpdater("replica", engine, engine.loaded, lambda _: None, count)
+
+    await with_served(1).check(adapter)
+    with pytest.raises(WeightsRefused, match=r"hold 2 adapters, .* has 2; set engine\.vllm\.max_cpu_loras: 3"):
+        await with_served(2).check(adapter)
 
 
 async def test_sources_that_the_engine_is_not_set_up_for(updater: ReplicaUpdater, tmp_path: Path):

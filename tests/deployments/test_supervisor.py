@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.serve.schema import DeploymentDetails, ServeInstanceDetails
 
 from actors.front_config import FrontSettings
 from actors.messages import ControllerSettings, WorkerSettings
@@ -19,6 +20,7 @@ from rollout.errors import EngineTimeout, RolloutError, UnavailableError
 WORKER = WorkerSettings("model", None, "auto", {}, "engine", "engine", 4, {}, 8)
 SETTINGS = ControllerSettings(WORKER, 1, 3, None, 5.0, "/nowhere/journal.sqlite", True, RunRequest())
 FRONT = FrontSettings("127.0.0.1", 8800, "127.0.0.1:8000", "")
+SERVE_TARGET = supervisor.serve_target
 
 
 class FakeRay:
@@ -67,8 +69,9 @@ class FakeActor:
         self.fake, self.name = fake, name
 
     def __getattr__(self, method: str) -> Any:
-        async def call(*_: Any) -> Any:
+        async def call(*arguments: Any) -> Any:
             self.fake.said.append(f"{self.name}.{method}")
+            self.fake.arguments[f"{self.name}.{method}"] = arguments
             answer = self.fake.answers.get(f"{self.name}.{method}")
             if isinstance(answer, BaseException):
                 raise answer
@@ -85,6 +88,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRay]:
     for name in ("remote", "get_actor", "kill"):
         monkeypatch.setattr(ray, name, getattr(made, name))
     monkeypatch.setattr("actors.front.make_folder", lambda: "/tmp/folder")
+
+    async def unknown(app: str, deployment: str) -> None:
+        return None
+
+    monkeypatch.setattr(supervisor, "serve_target", unknown)
     yield made
 
 
@@ -126,6 +134,52 @@ async def test_it_starts_everything_on_the_head_and_waits_for_the_engines_last(f
         "demo",
     )
     await ended(made)
+
+
+async def test_the_board_hears_how_many_engines_serve_is_to_run_whatever_fails_in_between(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    targets: list[Any] = [8, UnavailableError("no controller"), UnavailableError("no controller"), None, 0, 16, 16]
+    asked: list[tuple[str, str]] = []
+    heard: list[int] = []
+
+    async def target(app: str, deployment: str) -> Any:
+        asked.append((app, deployment))
+        if len(asked) > 1 and "LoadingBoard.expect" in fake.arguments:
+            heard.extend(fake.arguments.pop("LoadingBoard.expect"))
+        if not targets:
+            await asyncio.sleep(3600)
+        answer = targets.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(supervisor, "serve_target", target)
+    monkeypatch.setattr(supervisor, "TARGET_PERIOD_SECONDS", 0.0)
+    made = await started()
+    async with asyncio.timeout(5):
+        while len(asked) < 8:
+            await asyncio.sleep(0.001)
+    assert heard == [8, 16, 16], "also what is no news: Ray may have started the board anew"
+    assert set(asked) == {("engine", "engine")}
+    assert caplog.text.count("no controller") == 1, "once for each time that it fails"
+    following = made._following
+    await ended(made)
+    await asyncio.sleep(0)
+    assert following is not None and following.cancelled()
+
+
+async def test_serves_own_answer_is_read(fake: FakeRay, monkeypatch: pytest.MonkeyPatch):
+    details = {"applications": {"engine": {"deployments": {"engine": {"target_num_replicas": 4, "replicas": []}}}}}
+    fake.answers["ServeController.get_serve_instance_details"] = details
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: FakeActor(fake, "ServeController"))
+    assert await SERVE_TARGET("engine", "engine") == 4
+    assert await SERVE_TARGET("engine", "other") is None and await SERVE_TARGET("other", "engine") is None
+
+
+def test_serve_still_names_the_field_that_is_read():
+    assert "target_num_replicas" in DeploymentDetails.model_fields
+    assert "applications" in ServeInstanceDetails.model_fields
 
 
 async def test_without_a_gateway_there_is_no_front(fake: FakeRay):

@@ -156,3 +156,18 @@ def player(client: RolloutClient) -> Player:
 def tasks() -> list[Task]:
     """The calculator's tasks."""
     return read_tasks(TASKS)
+
+
+@pytest.fixture(scope="session")
+def address(cluster: state.ClusterState) -> str:
+    """The cluster's one address."""
+    return cluster.gateway
+
+
+@pytest.fixture
+def captured(client: RolloutClient) -> Iterator[str]:
+    """A run of captured sessions, two for each task."""
+    name = f"captured-{uuid.uuid4().hex[:6]}"
+    run = client.create_run(name=name, environment={"path": "captured"}, group_size=2).run
+    yield run
+    client.forget(run)

@@ -26,6 +26,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster import state
 from cluster.launch import log_tail
@@ -48,6 +49,8 @@ RAY_SECONDS = 90.0
 READY_SECONDS = 150.0
 SCALE_SECONDS = 120.0
 END_SECONDS = 40.0
+# Serve is asked every five seconds, and a text of the metrics is a second old at most.
+BOARD_SECONDS = 20.0
 # Groups that are submitted and not yet delivered, for as long as engines come and go.
 AHEAD = 5
 GROUP = 4
@@ -93,6 +96,14 @@ class Deployed:
         """Engine replicas that run."""
         replicas = self.applications()["engine"]["deployments"]["engine"]["replicas"]
         return sum(replica["state"] == "RUNNING" for replica in replicas)
+
+    def expected(self) -> float:
+        """Engines that the loading board waits for."""
+        key = self.keys["ROLLOUT_SERVE_KEY"]
+        answer = httpx.get(f"{self.address}/metrics", headers={"authorization": f"Bearer {key}"}, timeout=20)
+        answer.raise_for_status()
+        samples = [s for family in text_string_to_metric_families(answer.text) for s in family.samples]
+        return next(s.value for s in samples if s.name == "rollout_loading_replicas_expected")
 
     def scale(self, engines: int) -> None:
         """Change the number of engines, as an edit of the RayService does."""
@@ -259,6 +270,12 @@ def test_engines_come_and_go_under_load_and_nothing_is_lost(deployed: Deployed):
             for _ in range(8):
                 load.keep_up()
             assert len(load.delivered) > before, "the load went on meanwhile"
+            until(
+                "the loading board hears it",
+                BOARD_SECONDS,
+                lambda e=engines: deployed.expected() == e,
+                deployed.expected,
+            )
         deadline = time.monotonic() + SCALE_SECONDS
         while not load.take(2.0):
             assert time.monotonic() < deadline, client.run_info(load.run)

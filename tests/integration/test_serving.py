@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from cluster.state import ClusterState
 from examples.calculator.conversations import SYSTEM_PROMPT, TOOLS
 from rollout import Batch, Task
 from rollout.errors import ConflictError, RefusedError
@@ -27,13 +28,16 @@ CHECKPOINT = ROOT / "examples" / "calculator" / "model"
 
 
 @pytest.fixture
-def address(cluster) -> str:
-    return cluster.gateway
-
-
-@pytest.fixture
 def chat(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def busy_seconds(cluster: ClusterState) -> float:
+    """How much the ranks work in one second, all together."""
+    ranks = processes_called(cluster, "VLLM::Worker")
+    before = sum(sum(rank.cpu_times()[:2]) for rank in ranks)
+    time.sleep(1.0)
+    return sum(sum(rank.cpu_times()[:2]) for rank in ranks) - before
 
 
 # OpenAI's and Anthropic's clients
@@ -41,12 +45,13 @@ def chat(address):
 
 def test_a_chat_with_tools_and_reasoning(chat):
     answer = chat.chat.completions.create(model=MODEL, messages=QUESTION, tools=TOOLS, temperature=0, max_tokens=100)
-    message = answer.choices[0].message
-    if message.tool_calls:
-        assert answer.choices[0].finish_reason == "tool_calls"
-        assert json.loads(message.tool_calls[0].function.arguments).keys() == {"a", "b"}
-        assert message.reasoning and "<think>" not in (message.content or "")
-        assert answer.usage.completion_tokens_details.reasoning_tokens > 0
+    (choice,) = answer.choices
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and call.function.name == "add"
+    assert json.loads(call.function.arguments) == {"a": 47, "b": 182}
+    assert choice.message.reasoning.strip() == "add 47 and 182" and not (choice.message.content or "").strip()
+    details = answer.usage.completion_tokens_details
+    assert 0 < details.reasoning_tokens < answer.usage.completion_tokens
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
@@ -65,17 +70,6 @@ def test_a_stream_says_the_same_as_a_whole_answer(chat):
     assert reasons == [whole.finish_reason]
 
 
-def test_every_line_of_a_stream_is_an_event_and_the_last_is_done(address):
-    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 20, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
-        lines = [line for line in response.iter_lines() if line]
-    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-
-
 def test_several_choices_logprobs_stop_and_a_schema(chat):
     many = chat.chat.completions.create(
         model=MODEL, messages=QUESTION, n=3, max_tokens=8, logprobs=True, top_logprobs=2, seed=5
@@ -92,8 +86,15 @@ def test_several_choices_logprobs_stop_and_a_schema(chat):
         response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
     )
     assert '"sum"' in (shaped.choices[0].message.content or "") + str(shaped.choices[0].message.model_extra)
-    stopped = chat.completions.create(model=MODEL, prompt="1 2 3 4", max_tokens=30, stop=["1", "8"], temperature=1)
-    assert stopped.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_stop_sequence_ends_the_answer_before_it(chat):
+    wanted = {"model": MODEL, "messages": QUESTION, "tools": TOOLS, "temperature": 0, "max_tokens": 100}
+    free = chat.chat.completions.create(**wanted).choices[0]
+    stopped = chat.chat.completions.create(**wanted, stop=["and 1"]).choices[0]
+    assert "and 1" in free.message.reasoning and free.stop_reason is None
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", "and 1")
+    assert stopped.message.reasoning.strip() == free.message.reasoning.partition("and 1")[0].strip()
 
 
 def test_errors_come_in_openais_form(chat, address):
@@ -157,10 +158,7 @@ def test_a_client_that_goes_away_stops_the_engine(address, cluster):
 
     whole_seconds = asyncio.run(go())
     time.sleep(1.0)
-    ranks = processes_called(cluster, "VLLM::Worker")
-    before = sum(sum(rank.cpu_times()[:2]) for rank in ranks)
-    time.sleep(1.0)
-    busy = sum(sum(rank.cpu_times()[:2]) for rank in ranks) - before
+    busy = busy_seconds(cluster)
     assert whole_seconds > 2.5, "the generation must be long for this to mean anything"
     assert busy < 0.3, f"the ranks worked for {busy:.2f} s of a second after their client had gone"
 
@@ -219,15 +217,6 @@ def test_the_environment_is_an_agent(address):
 # Captured sessions
 
 
-@pytest.fixture
-def captured(client):
-    run = client.create_run(
-        name=f"captured-{uuid.uuid4().hex[:6]}", environment={"path": "captured"}, group_size=2
-    ).run
-    yield run
-    client.forget(run)
-
-
 def test_black_box_agents_become_trajectories(client, http_client, captured):
     """Chat turn by turn, streamed and not, and Anthropic's client: each sampled token trains once."""
     task = Task(task_id="t", messages=[{"role": "user", "content": "captured"}])
@@ -274,7 +263,7 @@ def test_a_conversation_that_is_continued_token_by_token_is_one_segment(http_cli
     http.post("/completions", json={**body, "prompt": longer}).raise_for_status()
     closed = http_client.close_session(session.session_id, 0.5)
     assert closed.segments == 1 and closed.tokens == 24
-    assert http.post("/completions", json={**body, "prompt": [5]}).status_code == 409, (
+    assert http.post("/completions", json={**body, "prompt": [5]}).status_code == 410, (
         "a closed session takes no calls"
     )
     assert http_client.session_info(session.session_id).state == "closed"

@@ -28,6 +28,7 @@ from tests.k8s.manifests import (
     cluster_file,
     documents,
     group,
+    of_kind,
     pods,
     serve_config,
     the,
@@ -39,6 +40,7 @@ SOURCES = {
     "overlays/single-gpu-node": "qwen3-0.6b.yaml",
     "overlays/multi-node": "qwen3-8b.yaml",
     "overlays/two-nodes-72b": "qwen2.5-72b.yaml",
+    "overlays/one-node-gpt-oss-120b": "gpt-oss-120b.yaml",
     "job/base": "qwen3-0.6b.yaml",
     "job/cpu-demo": "demo.yaml",
 }
@@ -182,6 +184,42 @@ def test_the_journal_is_on_the_heads_volume(name: str, config: ClusterConfig):
     (volume,) = [one for one in head["volumes"] if one["name"] == "journal"]
     assert config.journal.path is not None and config.journal.path.startswith(mount["mountPath"] + "/")
     assert "persistentVolumeClaim" in volume and config.journal.sync
+
+
+def of_volumes(name: str) -> bool:
+    """Whether the models of a folder are on a volume; the demo's is in its image."""
+    return not name.endswith("cpu-demo")
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_every_pod_that_reads_the_file_sees_the_models(name: str):
+    """Serve builds an application on any node, and a job's driver is on the head: `model.path` may be a directory."""
+    for group_name, template in pods(built(name)).items():
+        container = template["spec"]["containers"][0]
+        mounts = {one["name"]: one for one in container["volumeMounts"]}
+        variables = {one["name"]: one.get("value") for one in container["env"]}
+        volumes = {one["name"]: one for one in template["spec"]["volumes"]}
+        assert ("models" in mounts) == ("models" in volumes) == of_volumes(name)
+        # What downloads must be able to write.
+        writes = of_volumes(name) and group_name != "head"
+        assert variables.get("HF_HOME") == ("/models" if writes else None)
+        if of_volumes(name):
+            assert mounts["models"] == {"name": "models", "mountPath": "/models"} | (
+                {} if writes else {"readOnly": True}
+            )
+            assert set(volumes["models"]["persistentVolumeClaim"]) == {"claimName"}
+            assert template["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+
+
+@pytest.mark.parametrize("name", [name for name in APPLIED if of_volumes(name)])
+def test_the_models_can_be_mounted_on_as_many_nodes_as_there_may_be(name: str):
+    """A volume that is ReadWriteOnce keeps the pods of all other nodes waiting for ever."""
+    (models,) = [
+        one["spec"]["accessModes"]
+        for one in of_kind(built(name), "PersistentVolumeClaim")
+        if one["metadata"]["name"].endswith("-models")
+    ]
+    assert models == ["ReadWriteOnce" if name == "overlays/single-gpu-node" else "ReadWriteMany"]
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -137,8 +137,50 @@ def test_every_panel_query_keeps_to_the_chosen_cluster():
 def test_an_alert_says_what_to_do(alert: Alert):
     assert alert.do and alert.means.endswith(".") and not alert.summary.endswith(".")
     page = (ROOT / "docs" / "alerts.md").read_text()
-    file, _, anchor = alert.anchor.partition("#")
-    assert file == "docs/alerts.md" and f"\n## {alert.name}\n" in page and anchor == alert.name.lower()
+    assert f"\n## {alert.name}\n" in page and alert.steps in page
+    (rule,) = [one for one in prometheus_rule()["spec"]["groups"][0]["rules"] if one["alert"] == alert.name]
+    assert rule["annotations"]["runbook"] == alert.steps
+    assert "{{" not in "".join(rule["annotations"].values()), "Prometheus would take it for a template"
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
+def test_a_step_that_needs_rollout_up_has_another_for_kubernetes(alert: Alert):
+    for step in alert.do:
+        if any(f"`rollout {command}" in step for command in ("up", "down", "status", "logs", "top")):
+            assert "Kubernetes: " in step, step
+        assert "`rollout status" not in step, "it knows clusters of this machine alone; `rollout top` asks an address"
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
+def test_an_alert_tells_clusters_apart(alert: Alert):
+    assert "ray_io_cluster" in alert.expr and "on ()" not in alert.expr
+
+
+def test_the_alert_on_missing_metrics_asks_for_the_labels_that_the_monitors_make():
+    front, _ = yaml.safe_load_all((ROOT / FOLDER / "pod-monitor.yaml").read_text())
+    job = front["spec"]["selector"]["matchLabels"][front["spec"]["jobLabel"]]
+    (endpoint,) = front["spec"]["podMetricsEndpoints"]
+    (alert,) = [alert for alert in ALERTS if alert.name == "RolloutMetricsMissing"]
+    assert f'up{{job="{job}",endpoint="{endpoint["port"]}"}}' in alert.expr
+
+
+def test_the_page_says_how_the_monitoring_is_installed():
+    """The network policy's namespace, the chart's label, and the namespace of the Secret that the monitor reads."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text().partition("\n## Monitoring\n")[2].partition("\n## ")[0]
+    policies = yaml.safe_load_all((ROOT / "k8s" / "base" / "network.yaml").read_text())
+    admitted = [
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for policy in policies
+        for rule in policy["spec"]["ingress"]
+        for peer in rule["from"]
+        if "kubernetes.io/metadata.name" in peer.get("namespaceSelector", {}).get("matchLabels", {})
+    ]
+    assert admitted == ["monitoring"] and f"--namespace {admitted[0]}" in page
+    release = prometheus_rule()["metadata"]["labels"]["release"]
+    for monitor in yaml.safe_load_all((ROOT / FOLDER / "pod-monitor.yaml").read_text()):
+        assert monitor["metadata"]["labels"]["release"] == release and "namespaceSelector" not in monitor["spec"]
+    assert f"helm install {release} " in page and f"`release: {release}`" in page
+    assert "kubectl apply -k k8s/monitoring -n rollout" in page and "rollout-keys" in page
 
 
 def test_no_two_alerts_share_a_name():

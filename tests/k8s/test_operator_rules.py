@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rollout.logs import DIRECTORY_VARIABLE
 from tests.k8s.manifests import APPLIED, CLUSTERS, amount, built, group, pods, ray_cluster, the
 
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -122,6 +123,17 @@ def test_pods_have_time_to_drain(name: str):
     for template in pods(built(name)).values():
         drain = float(variables(template)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert 0 < drain < template["spec"]["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_what_processes_say_reaches_kubectl_logs(name: str):
+    """Ray's nodes and workers redirect their output into files of the pod unless they find this, and exactly "1"."""
+    from ray._private.ray_constants import LOGGING_REDIRECT_STDERR_ENVIRONMENT_VARIABLE as REDIRECTION
+
+    for template in pods(built(name)).values():
+        assert variables(template)[REDIRECTION] == "1"
+        # A directory of the pod would take all but warnings away from standard error, and would end with it.
+        assert DIRECTORY_VARIABLE not in variables(template)
 
 
 @pytest.mark.parametrize("name", APPLIED)

@@ -30,9 +30,8 @@ def raw_files() -> list[str]:
 
 
 def test_all_folders_are_looked_at():
-    assert {"overlays/cpu-demo", "overlays/single-gpu-node", "overlays/multi-node", "overlays/two-nodes-72b"} <= set(
-        CLUSTERS
-    )
+    nodes = ("cpu-demo", "single-gpu-node", "multi-node", "two-nodes-72b", "one-node-gpt-oss-120b")
+    assert {f"overlays/{name}" for name in nodes} == set(CLUSTERS)
     assert set(JOBS) == {"job/base", "job/cpu-demo"}
     assert {"base/rayservice.yaml", "base/network.yaml", "job/base/rayjob.yaml", "secret.example.yaml"} <= set(
         raw_files()
@@ -72,6 +71,23 @@ def test_names_that_pods_use_are_there(name: str):
     secrets = {("Secret", one["metadata"]["name"]) for one in documents(K8S / "secret.example.yaml")}
     for kind, wanted in wants(objects):
         assert (kind, wanted) in made | secrets, f"{kind} {wanted} is used and nowhere made"
+
+
+@pytest.mark.parametrize("name", [name for name in CLUSTERS if name != "overlays/cpu-demo"])
+def test_the_download_can_be_applied_first_and_again(name: str):
+    """`kubectl apply -l rollout-first=true` brings what it needs and no engine; an old one is no obstacle."""
+    first = [one for one in built(name) if one["metadata"].get("labels", {}).get("rollout-first") == "true"]
+    made = {(one["kind"], one["metadata"]["name"]) for one in first}
+    job = the(first, "Job")
+    assert wants(job) - {("Secret", "rollout-keys")} == made - {("Job", "rollout-pull")}
+    assert 0 < job["spec"]["ttlSecondsAfterFinished"] <= 86400
+    page = (K8S.parent / "docs" / "kubernetes.md").read_text()
+    for command in (
+        "-l rollout-first=true",
+        "kubectl -n rollout wait --for=condition=complete job/rollout-pull",
+        "kubectl -n rollout delete job rollout-pull --ignore-not-found",
+    ):
+        assert command in page, command
 
 
 def wants(value: Any) -> set[tuple[str, str]]:

@@ -17,6 +17,7 @@ from rollout.access import AccessKey, AccessSettings, Caller, Gate, JwtSettings,
 from rollout.access_limits import Bounds, Bucket, Limiter
 from rollout.access_paths import MAX_PATH_CHARS, SCOPES, Need, Scope, error_form, needed_scope, normalised
 from rollout.correlation import CorrelationFilter, choose_id, correlation_id
+from rollout.session_keys import session_key
 
 SERVE, TRAINER, ADMIN = "k" * 40 + "-serve", "k" * 40 + "-trainer", "k" * 40 + "-admin"
 KEYS = tuple(
@@ -227,6 +228,17 @@ def test_a_wrong_scope_is_403_and_says_which_is_wanted():
     assert isinstance(admitted({"x-api-key": TRAINER}, "/v1/weights", "POST"), Refusal)
     for method, path in (("POST", "/v1/runs"), ("POST", "/v1/weights"), ("GET", "/v1/models"), ("GET", "/x")):
         assert isinstance(admitted({"x-api-key": ADMIN}, path, method), Caller)
+
+
+def test_a_sessions_key_is_let_in_only_where_something_keeps_it_to_its_session():
+    key = session_key(b"secret", "s1")
+    let_in = admitted({"x-api-key": key}, session_secret=b"secret", session_keys=True)
+    assert let_in == Caller("session:s1", frozenset({"serve"}))
+    for path in ("/v1/models", "/v1/runs"):
+        refused = admitted({"x-api-key": key}, path, session_secret=b"secret")
+        assert isinstance(refused, Refusal) and refused.status == 403 and key not in refused.message
+    unknown = admitted({"x-api-key": key}, session_secret=b"another", session_keys=True)
+    assert isinstance(unknown, Refusal) and unknown.status == 401
 
 
 def test_without_keys_everybody_may_everything():

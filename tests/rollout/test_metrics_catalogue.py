@@ -44,6 +44,18 @@ def test_every_label_is_known_and_bounded(metric: Metric):
         assert len(found.values) == len(set(found.values)) <= 64 and found.limit <= 1024
 
 
+@pytest.mark.parametrize("name", LABELS)
+def test_the_programs_own_values_leave_room_for_others(name: str):
+    found = LABELS[name]
+    assert len(found.known) == len(set(found.known)) and (not found.known or len(found.known) < found.limit)
+    assert not (found.values and found.known)
+    assert all(re.fullmatch("[a-z_]+", value) for value in found.known)
+
+
+def test_what_the_ledger_may_refuse_is_there_from_the_beginning():
+    assert {"ledger", "prefix", "record"} <= set(LABELS["category"].at_birth)
+
+
 def test_every_label_is_used():
     used = {written.rpartition("=")[2] for metric in METRICS for written in metric.labels}
     assert used == set(LABELS)

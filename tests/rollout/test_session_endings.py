@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from rollout import tool_calls
 from rollout.engine import Generation
 from rollout.environment import Environment
 from rollout.errors import EngineDied, EngineRefused, ToolError
@@ -126,6 +127,26 @@ async def test_engine_failures_are_errors_with_a_category(chat, failure, error, 
     trajectory = await play(chat, ScriptedEngine(lambda *_: failure))
     assert (trajectory.stop_reason, trajectory.error, trajectory.retryable) == ("error", error, retryable)
     assert trajectory.reward is None, "not scored is never 0"
+
+
+async def test_a_request_that_failed_in_the_engine_is_never_scored(chat):
+    ids = chat.tokenizer.encode("5", add_special_tokens=False)
+    trajectory = await play(chat, ScriptedEngine(lambda *_: (ids, "error")))
+    assert (trajectory.stop_reason, trajectory.reward, trajectory.retryable) == ("error", None, False)
+    assert trajectory.error == "engine: the engine ended the request with 'error'"
+    assert trajectory.num_sampled == 0
+
+
+async def test_a_session_in_a_process_full_of_hanging_calls_may_be_played_elsewhere(chat, monkeypatch):
+    class Synchronous(Adder):
+        def setup(self, task):
+            """Never called."""
+
+    monkeypatch.setattr(tool_calls, "MAX_ABANDONED_THREADS", 0)
+    trajectory = await play(chat, scripted(chat, f"5{IM_END}"), Synchronous)
+    assert (trajectory.stop_reason, trajectory.retryable) == ("error", True)
+    assert trajectory.error is not None and trajectory.error.startswith("environment: ")
+    assert "earlier synchronous calls in this worker never returned" in trajectory.error
 
 
 async def test_an_aborted_request_is_a_death(chat):

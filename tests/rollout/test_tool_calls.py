@@ -126,6 +126,21 @@ async def test_a_result_of_the_greatest_length_is_whole():
     assert (await run("long", {"size": 100})).content == "x" * 100
 
 
+async def test_half_a_character_of_a_result_is_replaced():
+    @tool
+    def cut(fail: bool) -> dict[str, str]:
+        """Cut a text inside a character."""
+        if fail:
+            raise ValueError("b\ud83d")
+        return {"text": "a\ud83d"}
+
+    told = [
+        await ToolSet([cut]).call(ToolCall("1", "cut", {"fail": fail}), timeout=5, max_output_chars=99)
+        for fail in (0, 1)
+    ]
+    assert [result.content for result in told] == ['{"text": "a?"}', "Error: ValueError: b?"]
+
+
 async def test_json_that_does_not_parse():
     result = await run("add", '{"a": ')
     assert result.outcome == "invalid_arguments"

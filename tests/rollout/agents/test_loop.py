@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from rollout.agents import AgentTimeout, ChatEngineError, ForbiddenError, TurnLost
+from rollout.agents.hooks import Hook
 from rollout.environment import Environment
 from rollout.errors import ApiError, EnvironmentError_, NotFoundError
 from rollout.tasks import Task
+from rollout.tool_calls import ToolResult
 from rollout.tools import tool
 from tests.rollout.agents.scripted_chat import (
     USAGE,
@@ -394,6 +397,69 @@ async def test_reasoning_is_shown_once_and_given_back_to_the_model():
     message = message_of(await talk())
     assert message == {"role": "assistant", "content": "5", "reasoning_content": "Add them."}
     assert talk.engine.bodies[1]["messages"][2]["reasoning_content"] == "Add them."
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+async def test_reasoning_that_the_client_does_not_want_is_still_the_models(name: str):
+    thought = delta(**{name: "Add them."})
+    thought["choices"][0]["logprobs"] = {"content": [{"token": "Add", "logprob": -0.1}]}
+    answer = delta(content="5")
+    answer["choices"][0]["logprobs"] = {"content": [{"token": "5", "logprob": -0.2}]}
+    seen: list[Any] = []
+    counted = usage(completion_tokens=9, completion_tokens_details={"reasoning_tokens": 3})
+    talk = Talk(
+        ScriptedChatEngine([thought, *ask(FIVE)[:-1], counted], [thought, answer, delta("stop"), counted]),
+        agent(hooks=[Hook(event, lambda _, value: seen.append(value)) for event in ("chunk", "message")]),
+    )
+    whole = await talk(include_reasoning=False)
+    assert message_of(whole) == {"role": "assistant", "content": "5"}
+    assert [token["token"] for token in whole["choices"][0]["logprobs"]["content"]] == ["5"]
+    assert "Add" not in json.dumps(talk.chunks) + json.dumps(seen) and len(seen) > 1
+    assert whole["usage"] == {"completion_tokens": 18, "completion_tokens_details": {"reasoning_tokens": 6}}
+    assert talk.engine.bodies[1]["messages"][2][name] == "Add them."
+    assert all("include_reasoning" not in body for body in talk.engine.bodies)
+
+
+async def test_reasoning_that_is_hidden_comes_back_with_a_held_turn():
+    first = [delta(reasoning="Ask Ulm."), *ask(FIVE, WEATHER)]
+    talk = Talk(ScriptedChatEngine(first, say("sunny")))
+    options = {"tools": [client_tool("weather")], "include_reasoning": False}
+    asked = message_of(await talk(**options))
+    assert "reasoning" not in asked
+    await talk(USER, asked, tool_message(asked["tool_calls"][0], "sun"), **options)
+    assert talk.engine.bodies[1]["messages"][2]["reasoning"] == "Ask Ulm."
+
+
+async def test_a_tools_result_that_ends_in_half_a_character_is_told():
+    @tool
+    def cut() -> str:
+        """Cut a text."""
+        return "a\ud83d"
+
+    @tool
+    def fail() -> str:
+        """Fail over a text."""
+        raise ValueError("b\ud83d")
+
+    class Cutting(Environment):
+        tools = (cut, fail)
+
+    talk = Talk(
+        ScriptedChatEngine(ask(("cut", "{}"), ("fail", "{}")), say("ok")), agent(Cutting, show_tool_calls=True)
+    )
+    await talk()
+    told = [m["content"] for m in talk.engine.bodies[1]["messages"] if m["role"] == "tool"]
+    assert told == ["a?", "Error: ValueError: b?"]
+    assert [chunk["agent_event"]["content"] for chunk in talk.chunks if "agent_event" in chunk] == told
+
+
+async def test_what_a_hook_puts_into_a_result_can_be_sent_too():
+    def worse(_: Any, result: ToolResult) -> ToolResult:
+        return dataclasses.replace(result, content="c\ud83d")
+
+    talk = Talk(ScriptedChatEngine(ask(FIVE), say("ok")), agent(hooks=[Hook("after_tool_call", worse)]))
+    await talk()
+    assert [m["content"] for m in talk.engine.bodies[1]["messages"] if m["role"] == "tool"] == ["c?"]
 
 
 async def test_log_probabilities_come_with_their_text():
