@@ -60,14 +60,20 @@ def prometheus(cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pr
         pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "rules.yaml").write_text(yaml.safe_dump(prometheus_rule()["spec"]))
-    targets = {"rollout": urlsplit(cluster.gateway).netloc, "ray": urlsplit(cluster.ray_metrics).netloc}
+    # With the labels that k8s/monitoring/pod-monitor.yaml gives.
+    targets = {"front": urlsplit(cluster.gateway).netloc, "metrics": urlsplit(cluster.ray_metrics).netloc}
     (folder / "prometheus.yaml").write_text(
         yaml.safe_dump(
             {
                 "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
                 "rule_files": [str(folder / "rules.yaml")],
                 "scrape_configs": [
-                    {"job_name": name, "static_configs": [{"targets": [target]}]} for name, target in targets.items()
+                    {
+                        "job_name": "rollout-cluster",
+                        "static_configs": [
+                            {"targets": [target], "labels": {"endpoint": name}} for name, target in targets.items()
+                        ],
+                    }
                 ],
             }
         )
@@ -108,7 +114,9 @@ def _await_targets(server: Prometheus, process: subprocess.Popen[bytes], log: Pa
             # 503 until it has looked through its storage.
             if httpx.get(f"{server.url}/-/ready", timeout=10).status_code == 200:
                 active = server.get("targets", state="active")["activeTargets"]
-                health = {target["labels"]["job"]: f"{target['health']} {target['lastError']}" for target in active}
+                health = {
+                    target["labels"]["endpoint"]: f"{target['health']} {target['lastError']}" for target in active
+                }
         except httpx.TransportError:
             pass
         if len(health) == 2 and all(state.startswith("up") for state in health.values()):
