@@ -1,14 +1,15 @@
 """What becomes of every rollout that a foreign trainer ordered: queued → running → finished → reported → forgotten.
 
-Invariant: a rollout runs at most once, ends in exactly one answer, and an answer never changes. Pure: it knows no
-network, no disk and no clock of its own; whoever drives it writes down what changed before anybody is told.
+Invariant: a rollout runs at most once, ends in exactly one answer, and an answer never changes. No trainer's host has
+all places while there are enough for two, and whoever has fewest of them is next. Pure: it knows no network, no disk
+and no clock of its own; whoever drives it writes down what changed before anybody is told.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rollout.errors import BusyError, ConflictError, NotFoundError
@@ -21,6 +22,9 @@ State = Literal["queued", "running", "finished", "reported"]
 
 # Pause before a trainer is told again: doubled each time, up to a limit. The client below has its own short retries.
 FIRST_PAUSE_S, MAX_PAUSE_S = 5.0, 300.0
+# One part of so many of the places is never one host's alone: a trainer that stalls leaves it to the others. Where
+# there are fewer places than parts, they are anybody's.
+PARTS = 8
 # Ended rollouts that are remembered, and the characters of their answers; the oldest that are reported go first.
 MAX_REMEMBERED = 20_000
 MAX_REMEMBERED_CHARS = 256 * 2**20
@@ -51,6 +55,11 @@ class Entry:
     """When the trainer is told next."""
     size: int = 0
     """Characters of its answer's messages, roughly."""
+    host: str = field(init=False)
+    """The trainer's, by which places are shared."""
+
+    def __post_init__(self) -> None:
+        self.host = self.order.host
 
     @property
     def rollout_id(self) -> str:
@@ -67,11 +76,14 @@ class RemoteBook:
         """`queue_s`: longest wait for a start; `keep_s`: how long an answer is kept; `report_s`: how long a trainer
         that does not answer is told."""
         self._max_concurrent, self._max_queued = max_concurrent, max_queued
+        self._max_of_host = max_concurrent - max_concurrent // PARTS
         self._queue_s, self._keep_s, self._report_s = queue_s, keep_s, report_s
         self._entries: dict[str, Entry] = {}
         self._keys: dict[str, str] = {}
         self._queue: OrderedDict[str, None] = OrderedDict()
+        self._waiting: dict[str, OrderedDict[str, None]] = {}
         self._running: set[str] = set()
+        self._places: Counter[str] = Counter()
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._unreported: set[str] = set()
         self._chars = 0
@@ -118,17 +130,19 @@ class RemoteBook:
         self._drop(self.get(rollout_id))
 
     def next_to_start(self) -> Entry | None:
-        """The order that waits longest, if one more may run."""
-        if len(self._running) >= self._max_concurrent or not self._queue:
+        """The order that waits longest of the host with the fewest places, if one more may run."""
+        if len(self._running) >= self._max_concurrent:
             return None
-        return self._entries[next(iter(self._queue))]
+        open_to = [host for host in self._waiting if self._places[host] < self._max_of_host]
+        first = [self._entries[next(iter(self._waiting[host]))] for host in open_to]
+        return min(first, key=lambda entry: (self._places[entry.host], entry.accepted_at), default=None)
 
     def start(self, rollout_id: str, now: float) -> Entry:
         """It is being played. From here on it is never played again."""
         entry = self.get(rollout_id)
         assert entry.state == "queued", entry.state
-        del self._queue[rollout_id]
-        self._running.add(rollout_id)
+        self._unqueue(entry)
+        self._run(entry)
         entry.state, entry.started_at = "running", now
         return entry
 
@@ -137,15 +151,15 @@ class RemoteBook:
         entry = self.get(rollout_id)
         if entry.state in ("finished", "reported"):
             return False
-        self._queue.pop(rollout_id, None)
-        self._running.discard(rollout_id)
+        self._unqueue(entry)
+        self._unrun(entry)
         if entry.started_at is not None:
             took = max(0.0, now - entry.started_at)
             self._mean_s = took if self._mean_s is None else (1 - _NEWEST) * self._mean_s + _NEWEST * took
         self._completed += 1
         self._failed += response.status == "ERROR"
         entry.state, entry.response, entry.ended_at = "finished", response, now
-        # What was asked is needed no more, but for its digest and where to report.
+        # What was asked is needed no more, but for its digest and, in B, where to report.
         entry.order = entry.order.without_history()
         self._remember(entry)
         if entry.order.generation == "B":
@@ -156,13 +170,30 @@ class RemoteBook:
             entry.state, entry.reported_at = "reported", now
         return True
 
+    def renew(self, rollout_id: str, api_key: str | None) -> bool:
+        """A repeated request came with this key: calls that are still to come use it. Returns whether it changed."""
+        entry = self.get(rollout_id)
+        of_use = entry.state == "queued" or (entry.order.generation == "B" and entry.state != "reported")
+        if api_key is None or api_key == entry.order.api_key or not of_use:
+            return False
+        entry.order = entry.order.model_copy(update={"api_key": api_key})
+        return True
+
     def due(self, now: float) -> list[Entry]:
-        """Those whose trainer must be told now."""
-        return [entry for name in self._unreported if (entry := self._entries[name]).due_at <= now]
+        """Those whose trainer must be told now; who has waited longest comes first."""
+        found = [entry for name in self._unreported if (entry := self._entries[name]).due_at <= now]
+        return sorted(found, key=lambda entry: entry.due_at)
 
     def reporting(self, rollout_id: str) -> None:
-        """Its trainer is being told: it is not due until `reported` or `unreported`."""
+        """Its trainer is being told: it is not due until `reported`, `unreported` or `interrupted`."""
         self.get(rollout_id).due_at = math.inf
+
+    def interrupted(self) -> None:
+        """Nobody is being told any more, and it is not known who was: all of them are due."""
+        for entry in map(self.get, self._unreported):
+            if entry.due_at == math.inf:
+                assert entry.ended_at is not None
+                entry.due_at = entry.ended_at
 
     def reported(self, rollout_id: str, now: float, error: str | None = None) -> Entry:
         """Its trainer knows; or, with `error`, will not be told any more."""
@@ -177,15 +208,19 @@ class RemoteBook:
         entry.size = 0
         return entry
 
-    def unreported(self, rollout_id: str, now: float, failure: str) -> bool:
-        """Its trainer could not be told. It is tried again later; False: too old, see `reported`."""
+    def unreported(self, rollout_id: str, now: float, failure: str, after: float | None = None) -> bool:
+        """Its trainer could not be told. It is tried again later; False: too old, see `reported`.
+
+        `after`: seconds that the trainer asked for, of which MAX_PAUSE_S at most are given.
+        """
         entry = self.get(rollout_id)
         assert entry.ended_at is not None
         entry.reports += 1
         if now - entry.ended_at >= self._report_s:
             return False
         entry.report_error = failure
-        entry.due_at = now + min(FIRST_PAUSE_S * 2 ** min(entry.reports - 1, 16), MAX_PAUSE_S)
+        pause = max(after or 0.0, FIRST_PAUSE_S * 2 ** min(entry.reports - 1, 16))
+        entry.due_at = now + min(pause, MAX_PAUSE_S)
         return True
 
     def stale(self, now: float) -> list[Entry]:
@@ -249,12 +284,31 @@ class RemoteBook:
         self._keys[_key(entry.order)] = name
         if entry.state == "queued":
             self._queue[name] = None
+            self._waiting.setdefault(entry.host, OrderedDict())[name] = None
         elif entry.state == "running":
-            self._running.add(name)
+            self._run(entry)
         else:
             self._remember(entry)
             if entry.state == "finished":
                 self._unreported.add(name)
+
+    def _unqueue(self, entry: Entry) -> None:
+        self._queue.pop(entry.rollout_id, None)
+        if (waiting := self._waiting.get(entry.host)) is not None:
+            waiting.pop(entry.rollout_id, None)
+            if not waiting:
+                del self._waiting[entry.host]
+
+    def _run(self, entry: Entry) -> None:
+        self._running.add(entry.rollout_id)
+        self._places[entry.host] += 1
+
+    def _unrun(self, entry: Entry) -> None:
+        if entry.rollout_id in self._running:
+            self._running.remove(entry.rollout_id)
+            self._places[entry.host] -= 1
+            if not self._places[entry.host]:
+                del self._places[entry.host]
 
     def _remember(self, entry: Entry) -> None:
         self._ended[entry.rollout_id] = None
@@ -266,8 +320,8 @@ class RemoteBook:
         name = entry.rollout_id
         del self._entries[name]
         self._keys.pop(_key(entry.order), None)
-        self._queue.pop(name, None)
-        self._running.discard(name)
+        self._unqueue(entry)
+        self._unrun(entry)
         if name in self._ended:
             del self._ended[name]
             self._chars -= entry.size

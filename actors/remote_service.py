@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -23,21 +24,23 @@ from rollout.remote.failures import RemoteFailure
 from rollout.remote.hosts import AllowedHosts, HostRefused
 from rollout.remote.order import RolloutCounts, RolloutOrder, RolloutTicket
 from rollout.remote.server_rollout import failed
-from rollout.remote.trainer_client import TrainerClient
+from rollout.remote.trainer_client import TrainerBusy, TrainerClient
 from rollout.remote.wire import RolloutResponse
 
 logger = logging.getLogger(__name__)
 
 # How often the book is looked through for what is due, stale or old, if nothing else wakes the loop.
 TICK_S = 0.5
-# A worker may take so much longer than a rollout may: it ends the rollout itself, and this is for one that does not.
+# A worker ends a rollout itself; this is for one that does not, beyond the most that it may take.
 WORKER_MARGIN_S = 60.0
 TOOLS_SECONDS = 60.0
-# Callbacks that are under way at once.
-MAX_REPORTING = 64
+# Callbacks that are under way at once, to all trainers and to one host: one that stalls must not hold up the others.
+MAX_REPORTING, MAX_REPORTING_OF_HOST = 64, 16
 # When the cluster is taken down, trainers are told of what is lost within so many seconds; those that cannot be are
 # told when it comes back.
 FAREWELL_SECONDS = 3.0
+# Of these, what is under way may take so many to end when it is cancelled.
+CANCEL_SECONDS = 0.5
 
 _DIED = "the rollout's session worker died; its calls were seen by the trainer, so it is not played again"
 _RESTARTED = "the rollout server was restarted during the rollout; it is not played again"
@@ -60,12 +63,15 @@ class RemoteService:
         write: Write,
         workers: Workers,
         make_client: Callable[[RolloutOrder, AllowedHosts], TrainerClient] | None = None,
+        give_up: Callable[[Any], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`give_up`: ends a call to a worker. It and `make_client` are for tests."""
         self._settings = settings
         self._write = write
         self._workers = workers
         self._make_client = make_client or _client
+        self._give_up = give_up or _cancel
         self._clock = clock
         given = settings or RemoteSettings(environment="")
         self._hosts = AllowedHosts(given.allowed_hosts)
@@ -82,7 +88,7 @@ class RemoteService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
-        self._reporting = 0
+        self._reporting: Counter[str] = Counter()
         self._tools: list[dict[str, Any]] | None = None
         self._stopping = False
         self.failure: BaseException | None = None
@@ -106,10 +112,14 @@ class RemoteService:
         if self._loop is None:
             return
         self._loop.cancel()
-        for task in list(self._tasks):
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
+                if tasks:
+                    await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+                self._book.interrupted()
                 for entry in self._book.running():
                     await self._end(entry, failed(entry.order, RemoteFailure("internal_error", _STOPPED)))
                 # Failures stay due in the journal; here there is no time for them.
@@ -134,6 +144,8 @@ class RemoteService:
                 # The first one's order is on its way to the disk.
                 await accepting.wait()
                 self._book.get(name)
+            if self._book.renew(name, order.api_key):
+                await self._write(records.put(entry))
             return RolloutTicket(name, repeated=True)
         # Nothing starts before it is written down: `_start` leaves these alone.
         accepting = self._accepting[name] = asyncio.Event()
@@ -226,9 +238,11 @@ class RemoteService:
             if entry.rollout_id not in self._accepting:
                 await self._end(entry, self._book.overdue(entry))
         for entry in self._book.due(now):
-            if self._reporting >= MAX_REPORTING:
+            if self._reporting.total() >= MAX_REPORTING:
                 break
-            self._reporting += 1
+            if self._reporting[entry.host] >= MAX_REPORTING_OF_HOST:
+                continue
+            self._reporting[entry.host] += 1
             self._book.reporting(entry.rollout_id)
             self._keep(self._report_counted(entry))
         gone = self._book.forgotten(now)
@@ -259,10 +273,15 @@ class RemoteService:
             return failed(order, RemoteFailure("internal_error", _DIED))
         reference = handle[0].play_remote.remote(order, queue_s)
         try:
-            async with asyncio.timeout(self._settings.rollout_seconds + WORKER_MARGIN_S):
+            async with asyncio.timeout(self._settings.worker_seconds + WORKER_MARGIN_S):
                 response: RolloutResponse = await reference
                 return response
+        except asyncio.CancelledError:
+            self._give_up(reference)
+            raise
         except TimeoutError:
+            # The trainer hears that it has ended: it must not hear further calls of it.
+            self._give_up(reference)
             return failed(order, RemoteFailure("internal_error", _TOO_LONG))
         except Exception as failure:
             # The worker, or the machine under it. Its own failures are answers.
@@ -289,7 +308,9 @@ class RemoteService:
         try:
             await self._report(entry)
         finally:
-            self._reporting -= 1
+            self._reporting[entry.host] -= 1
+            if not self._reporting[entry.host]:
+                del self._reporting[entry.host]
 
     async def _report(self, entry: Entry) -> None:
         """Tell a trainer of generation B how its rollout ended."""
@@ -299,8 +320,9 @@ class RemoteService:
         try:
             await client.completed(entry.response)
         except RemoteFailure as failure:
-            final = failure.error_category in ("trainer_client_error", "validation_error")
-            if not final and self._book.unreported(name, self._clock(), failure.message):
+            final = failure.error_category in ("trainer_client_error", "validation_error", "internal_error")
+            after = failure.after if isinstance(failure, TrainerBusy) else None
+            if not final and self._book.unreported(name, self._clock(), failure.message, after):
                 await self._write(records.mark(entry))
                 return
             logger.warning("the trainer of rollout %r will not hear of its end: %s", name, failure.message)
@@ -322,6 +344,16 @@ class RemoteService:
         if not task.cancelled() and (failure := task.exception()) is not None:
             logger.error("a remote rollout could not be brought to its end", exc_info=failure)
             self.failure = failure
+
+
+def _cancel(reference: Any) -> None:
+    import ray
+
+    try:
+        ray.cancel(reference, force=False)
+    except Exception as failure:
+        # The worker is gone, or Ray is: then nothing is played any more.
+        logger.warning("a rollout could not be taken back from its worker: %s", str(failure).splitlines()[:1])
 
 
 def _client(order: RolloutOrder, hosts: AllowedHosts) -> TrainerClient:

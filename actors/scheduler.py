@@ -15,11 +15,14 @@ from dataclasses import dataclass, field, replace
 from rollout.tasks import Task
 from rollout.trajectory import SessionKey
 
-# Of all places, those that guests may fill together, in thirds: the others' runs need never wait for them.
+# Of all places, those that guests may fill together, in thirds: the others' runs need never wait for them. It is what
+# workers play at once; the rest are places of sessions that follow (see WorkerSettings.capacity).
 GUEST_PLACES, OF_PLACES = 2, 3
 # One guest may have so many times the places that are still free for guests. So a guest that stalls, and keeps what
 # it has, leaves a fifth of them to the next one, which leaves a part of that to the one after it.
 GUEST_FACTOR = 4
+# The same where no other run has anything to play: a twentieth, and at least one place, is kept for a guest to come.
+ONLY_GUEST_FACTOR = 20
 
 Admit = Callable[[str, str], bool]
 """Asked with run and group id just before a group's first sample starts; True means that it starts."""
@@ -291,25 +294,28 @@ class Scheduler:
 
     def _next_run(self, held_back: set[str]) -> str | None:
         best: tuple[float, str] | None = None
-        free = self._free_for_guests()
         for name, state in self._runs.items():
             if state.paused or not (state.open or (state.waiting and name not in held_back)):
                 continue
-            if state.guest and state.counts.running >= GUEST_FACTOR * free:
+            if state.guest and not self._guest_may_start(state):
                 continue
             load = (state.counts.running / state.share, name)
             if best is None or load < best:
                 best = load
         return best[1] if best is not None else None
 
-    def _free_for_guests(self) -> int:
-        guests = [state.counts.running for state in self._runs.values() if state.guest]
-        if not guests:
-            return 0
+    def _guest_may_start(self, guest: _Run) -> bool:
         places = sum(worker.capacity for worker in self._workers.values())
         if self._max_concurrent is not None:
             places = min(places, self._max_concurrent)
-        return max(1, places * GUEST_PLACES // OF_PLACES) - sum(guests)
+        guests = sum(state.counts.running for state in self._runs.values() if state.guest)
+        free = max(1, places * GUEST_PLACES // OF_PLACES) - guests
+        running = guest.counts.running
+        if running < GUEST_FACTOR * free:
+            return True
+        others = (state for state in self._runs.values() if state is not guest)
+        alone = not any(state.counts.running or (state.counts.queued and not state.paused) for state in others)
+        return alone and free > 1 and running < ONLY_GUEST_FACTOR * free
 
     def _start(self, run: str, group: QueuedGroup) -> None:
         ids = []

@@ -1,7 +1,9 @@
 """Remote rollouts against the same sessions run locally: rollouts a second, and how long one takes.
 
-The example's rollout server is a process of its own on the same cores, so what it needs is taken from the engine as
-it would not be elsewhere. Local and remote sessions have the same tasks, the same tools and the same engine.
+Both roles of the cluster. As the trainer: the example's rollout server plays (`A`, `B`), a process of its own on the
+same cores, so what it needs is taken from the engine as it would not be elsewhere. As the rollout server: a run whose
+rollouts the cluster's own one plays (`served_A`, `served_B`), so that each is posted to /rollout or /v1/rollout/init
+and asks over HTTP for every turn. All have the same tasks, the same tools and the same engine, and all start at once.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from benchmarks.peers.vllm_server import free_port
 ROOT = Path(__file__).resolve().parent.parent
 CONCURRENT = 256
 GROUP = 8
+# An only remote run may have 95 % of the sessions that a worker plays (see actors.scheduler).
+SESSIONS = 288
 GENERATIONS = ("A", "B")
 START_SECONDS = 60.0
 
 
 def measure(model: Path, *, tensor_parallel_size: int, rounds: int) -> dict[str, float]:
-    """`remote_rollouts_per_s_{local,A,B}`, `remote_latency_ms_{p50,p99}_{local,A,B}`, and the ratios to local."""
+    """`remote_rollouts_per_s_X` and `remote_latency_ms_{p50,p99}_X`, X of local, A, B, served_A and served_B; and
+    `remote_vs_local_X`, the ratio of the rollouts a second."""
     with _cluster(model, tensor_parallel_size) as address, _server(model) as server:
         return _compare(address, server, rounds)
 
@@ -36,7 +41,8 @@ def measure(model: Path, *, tensor_parallel_size: int, rounds: int) -> dict[str,
 def _compare(address: str, server: str, rounds: int) -> dict[str, float]:
     scorer = "examples.calculator.environment:Calculator"
     environments = {"local": {"path": scorer}}
-    environments |= {g: {"remote": server, "generation": g, "path": scorer} for g in GENERATIONS}
+    for prefix, remote in (("", server), ("served_", address)):
+        environments |= {f"{prefix}{g}": {"remote": remote, "generation": g, "path": scorer} for g in GENERATIONS}
     points: dict[str, list[dict[str, float]]] = {name: [] for name in environments}
     for number in range(rounds + 1):
         for name, environment in environments.items():
@@ -47,12 +53,12 @@ def _compare(address: str, server: str, rounds: int) -> dict[str, float]:
     for name, of in points.items():
         for key in of[0]:
             found[f"remote_{key}_{name}"] = float(np.median([point[key] for point in of]))
-    for generation in GENERATIONS:
+    for name in environments.keys() - {"local"}:
         ratios = [
             remote["rollouts_per_s"] / local["rollouts_per_s"]
-            for remote, local in zip(points[generation], points["local"], strict=True)
+            for remote, local in zip(points[name], points["local"], strict=True)
         ]
-        found[f"remote_vs_local_{generation}"] = float(np.median(ratios))
+        found[f"remote_vs_local_{name}"] = float(np.median(ratios))
     return found
 
 
@@ -60,7 +66,7 @@ def _round(address: str, environment: dict[str, Any]) -> dict[str, float]:
     from examples.calculator.conversations import SYSTEM_PROMPT
     from rollout import Batch, RolloutClient, read_tasks
 
-    tasks = read_tasks(ROOT / "examples" / "calculator" / "tasks.jsonl")[: 2 * CONCURRENT // GROUP]
+    tasks = read_tasks(ROOT / "examples" / "calculator" / "tasks.jsonl")[: CONCURRENT // GROUP]
     if "remote" in environment:
         # The system prompt is the environment's own when it plays here; a rollout server gets it with the task.
         system = {"role": "system", "content": SYSTEM_PROMPT}
@@ -78,6 +84,8 @@ def _round(address: str, environment: dict[str, Any]) -> dict[str, float]:
                 seconds.append(row["timing"]["total_s"])
             client.acknowledge(batch)
         client.forget(run)
+    if len(seconds) != CONCURRENT:
+        raise RuntimeError(f"{len(seconds)} rollouts came back, {CONCURRENT} were asked for")
     p50, p99 = np.quantile(seconds, [0.5, 0.99])
     return {
         "rollouts_per_s": len(seconds) / taken,
@@ -124,7 +132,8 @@ def _cluster(model: Path, tensor_parallel_size: int) -> Iterator[str]:
                 "device": "cpu",
                 "vllm": {"tensor_parallel_size": tensor_parallel_size, "max_model_len": 2048, "max_num_seqs": 256},
             },
-            "workers": {"sessions": CONCURRENT},
+            "workers": {"sessions": SESSIONS},
+            "remote_rollout": {"enabled": True, "max_concurrent": CONCURRENT},
             "sampling": {"max_tokens": 128},
             "environment": {"path": "examples.calculator.environment:Calculator"},
             "pythonpath": [str(ROOT)],

@@ -1,7 +1,8 @@
 """Play the trainer against a remote rollout server: the requests around, and every scenario of the plan.
 
-Invariant: whatever the server does this ends, within its deadlines, and leaves nothing behind. What is played and how
-it is judged stand in `rollout.remote`; here are the requests and the order of things.
+Invariant: whatever the server does this ends, within its deadlines, and leaves nothing behind; whatever it answers is
+judged, too much and nothing included. What is played and how it is judged stand in `rollout.remote`; here are the
+requests and the order of things.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from cluster.remote_trainer import ScriptedTrainer, Voice
 from rollout.errors import ConfigError, RolloutError
-from rollout.remote.conformance import CHECKS, Begun, Deviation, Played
+from rollout.remote.conformance import CHECKS, Begun, Deviation, Played, shown
 from rollout.remote.conformance_judge import judge
 from rollout.remote.conformance_plan import SCENARIOS, Scenario, bad_bodies, example_call
 from rollout.remote.wire import INIT_PATH, ROLLOUT_PATH, Generation
@@ -111,8 +113,15 @@ async def check_server(target: Target, on_played: Callable[[Played], object] = l
     if unknown := set(target.only) - {scenario.name for scenario in SCENARIOS}:
         known = ", ".join(scenario.name for scenario in SCENARIOS)
         raise ConfigError(f"--only {', '.join(sorted(unknown))}: there is no such scenario; known are {known}")
+    try:
+        # httpx itself finds a port out of range only when it connects, and not as an error of its own.
+        _ = httpx.URL(target.url), urlsplit(target.url).port
+    except (httpx.InvalidURL, ValueError) as failure:
+        raise ConfigError(f"{target.url}: is no address: {failure}") from None
     outcome = Outcome(target.url, target.generation)
-    headers = {} if target.api_key is None else {"authorization": f"Bearer {target.api_key}"}
+    headers = {"accept-encoding": "identity"}
+    if target.api_key is not None:
+        headers["authorization"] = f"Bearer {target.api_key}"
     timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
     async with httpx.AsyncClient(base_url=target.url, headers=headers, timeout=timeout, trust_env=False) as http:
         around = _Around(target, http, outcome)
@@ -140,7 +149,8 @@ async def check_server(target: Target, on_played: Callable[[Played], object] = l
 async def _tools_of_init(player: _Player) -> list[dict[str, Any]]:
     """What B's 202 says; a server of that generation need not have GET /tools."""
     single = next(scenario for scenario in SCENARIOS if scenario.name == "single_turn")
-    said = (await player.play(single)).begun[0].said
+    begun = (await player.play(single)).begun
+    said = begun[0].said if begun else None
     tools = said.get("tools") if isinstance(said, dict) else None
     return [tool for tool in tools if _is_tool(tool)] if isinstance(tools, list) else []
 
@@ -212,16 +222,24 @@ class _Player:
 
     async def _begin(self, played: Played, path: str, body: dict[str, Any]) -> None:
         """Hand the rollout over; as long as the server is full, again."""
-        while True:
-            try:
-                status, said, wait = await _send(self._http, "POST", path, body, timeout=self._target.timeout)
-            except httpx.HTTPError as failure:
-                played.begun.append(Begun(None, type(failure).__name__))
-                return
-            if status != 429:
-                played.begun.append(Begun(status, said))
-                return
-            await asyncio.sleep(wait)
+        full: Begun | None = None
+        try:
+            while True:
+                try:
+                    status, said, wait = await _send(self._http, "POST", path, body, timeout=self._target.timeout)
+                except _NoAnswer as failure:
+                    played.begun.append(Begun(None, str(failure)))
+                    return
+                if status != 429:
+                    played.begun.append(Begun(status, said))
+                    return
+                full = Begun(status, said)
+                await asyncio.sleep(wait)
+        except asyncio.CancelledError:
+            # The rollout's time is over: that the server was full all along is what it did.
+            if full is not None:
+                played.begun.append(full)
+            raise
 
 
 class _Around:
@@ -238,8 +256,8 @@ class _Around:
     async def health(self) -> None:
         try:
             status, said, _ = await _send(self._http, "GET", "/health")
-        except httpx.HTTPError as failure:
-            raise RolloutError(f"no rollout server answers at {self._target.url}: {type(failure).__name__}") from None
+        except _NoAnswer as failure:
+            raise RolloutError(f"no rollout server answers at {self._target.url}: {failure}") from None
         if status != 200 or not isinstance(said, dict) or said.get("status") != "healthy":
             self._off("health", "GET /health", f'answered {status}, without "status": "healthy"')
         elif self._target.generation == "B":
@@ -252,8 +270,8 @@ class _Around:
         where = "GET /tools"
         try:
             status, said, _ = await _send(self._http, "GET", "/tools")
-        except httpx.HTTPError as failure:
-            self._off("tools", where, f"{type(failure).__name__} instead of an answer")
+        except _NoAnswer as failure:
+            self._off("tools", where, f"{failure} instead of an answer")
             return []
         tools = said.get("tools") if isinstance(said, dict) else None
         if status != 200 or not isinstance(tools, list):
@@ -269,8 +287,8 @@ class _Around:
         for bad in bad_bodies(self._target.generation, trainer.address("conformance-invalid")):
             try:
                 status, _, _ = await _send(self._http, "POST", path, bad.content)
-            except httpx.HTTPError as failure:
-                self._off("validation", f"POST {path}", f"{bad.about}: {type(failure).__name__} instead of an answer")
+            except _NoAnswer as failure:
+                self._off("validation", f"POST {path}", f"{bad.about}: {failure} instead of an answer")
                 continue
             if status not in bad.statuses:
                 self._off("validation", f"POST {path}", f"{bad.about}: answered {status}, not {bad.statuses[0]}")
@@ -282,8 +300,8 @@ class _Around:
         for what, headers in (("no key", {"authorization": ""}), ("a wrong key", {"authorization": "Bearer wrong"})):
             try:
                 status, _, _ = await _send(self._http, "POST", path, body, headers=headers)
-            except httpx.HTTPError as failure:
-                self._off("auth", f"POST {path}", f"{what}: {type(failure).__name__} instead of an answer")
+            except _NoAnswer as failure:
+                self._off("auth", f"POST {path}", f"{what}: {failure} instead of an answer")
                 continue
             if status != 401:
                 self._off("auth", f"POST {path}", f"{what}: answered {status}, not 401")
@@ -293,7 +311,7 @@ class _Around:
         path, body = request_body(self._target.generation, rollout_id, FOREIGN_HOST, "none")
         try:
             status, said, _ = await _send(self._http, "POST", path, body, timeout=FOREIGN_HOST_SECONDS)
-        except httpx.HTTPError:
+        except _NoAnswer:
             status, said = 0, None
         extra = said.get("extra_fields") if isinstance(said, dict) else None
         category = extra.get("error_category") if isinstance(extra, dict) else None
@@ -310,30 +328,57 @@ def request_body(generation: Generation, rollout_id: str, server_url: str, key: 
     return ROLLOUT_PATH, {**common, "sampling_params": SAMPLING, "callback_api_key": key}
 
 
+class _NoAnswer(Exception):
+    """Nothing came back that could be judged; what came in its place."""
+
+
 async def _send(
     http: httpx.AsyncClient,
     method: str,
     path: str,
     body: dict[str, Any] | bytes | None = None,
     *,
-    timeout: float = ANSWER_SECONDS,
+    timeout: float | None = None,
     headers: dict[str, str] | None = None,
 ) -> tuple[int, Any, float]:
-    """Status, JSON (or the text that is none), and the seconds after which a full server wants to be asked again."""
+    """Status, JSON (or the text that is none), and the seconds after which a full server wants to be asked again.
+
+    `timeout`: seconds for all of it; None: ANSWER_SECONDS. Raises _NoAnswer.
+    """
+    timeout = ANSWER_SECONDS if timeout is None else timeout
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     sent = {"content-type": "application/json", **(headers or {})}
-    async with http.stream(method, path, content=content, headers=sent, timeout=timeout) as response:
-        received = b""
-        async for chunk in response.aiter_bytes():
-            received += chunk
-            if len(received) > MAX_ANSWER_BYTES:
-                raise RolloutError(f"the answer to {method} {path} is larger than {MAX_ANSWER_BYTES} bytes")
-        given = response.headers.get("retry-after", "")
-        wait = min(float(given), ANSWER_SECONDS) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", given) else 1.0
-        try:
-            return response.status_code, json.loads(received), max(wait, 0.1)
-        except (ValueError, RecursionError):
-            return response.status_code, received.decode("utf-8", "replace"), max(wait, 0.1)
+    try:
+        # httpx counts from byte to byte: a server that sends one now and then would be waited for without end.
+        async with (
+            asyncio.timeout(timeout),
+            http.stream(method, path, content=content, headers=sent, timeout=timeout) as response,
+        ):
+            received = await _read(response)
+    except TimeoutError:
+        raise _NoAnswer(f"nothing whole within {timeout:g} s") from None
+    except httpx.HTTPError as failure:
+        raise _NoAnswer(type(failure).__name__) from None
+    given = response.headers.get("retry-after", "")
+    wait = min(float(given), ANSWER_SECONDS) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", given) else 1.0
+    try:
+        return response.status_code, json.loads(received), max(wait, 0.1)
+    except (ValueError, RecursionError):
+        return response.status_code, received.decode("utf-8", "replace"), max(wait, 0.1)
+
+
+async def _read(response: httpx.Response) -> bytes:
+    coding = response.headers.get("content-encoding", "identity").lower()
+    if coding not in ("", "identity"):
+        # One chunk from the network may unpack to gigabytes before any limit is looked at.
+        raise _NoAnswer(f"a compressed body ({shown(coding)}, not asked for)")
+    chunks, size = [], 0
+    async for chunk in response.aiter_bytes():
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise _NoAnswer(f"more than {MAX_ANSWER_BYTES} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def _is_tool(tool: Any) -> bool:

@@ -43,6 +43,8 @@ _ANTHROPIC: dict[Kind, str] = {
     "too_large": "request_too_large",
     "busy": "rate_limit_error",
 }
+# Word for word what rollout servers of the remote rollout protocol say; our own words stand beside it.
+_NO_KEY = "Invalid or missing API key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,10 @@ class Refusal:
         if form == "openai":
             kind, code = _OPENAI[self.kind]
             return {"error": {"message": self.message, "type": kind, "param": None, "code": code}}
-        return {"error": {"type": self.kind, "message": self.message, "field": None}}
+        ours = {"error": {"type": self.kind, "message": self.message, "field": None}}
+        if form == "remote":
+            return {"detail": _NO_KEY if self.kind == "unauthenticated" else self.message, **ours}
+        return ours
 
 
 def hash_key(key: str | bytes) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 Scope = Literal["serve", "trainer", "admin"]
 Need = Scope | Literal["any"]
 """`any`: one of the scopes, whichever."""
-Form = Literal["openai", "anthropic", "ours"]
+Form = Literal["openai", "anthropic", "remote", "ours"]
 """Whose error bodies a path's clients understand."""
 
 SCOPES: tuple[Scope, ...] = ("serve", "trainer", "admin")
@@ -85,6 +85,11 @@ _FORMS: tuple[tuple[str, Form], ...] = (
     ("/agents/**", "openai"),
     ("/tokenize", "openai"),
     ("/detokenize", "openai"),
+    # The remote rollout protocol's, as the rollout server.
+    ("/v1/rollout/**", "remote"),
+    ("/rollout", "remote"),
+    ("/tools", "remote"),
+    ("/platform/health", "remote"),
 )
 
 

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import math
 import os
 import random
 import re
@@ -33,7 +34,7 @@ from urllib.parse import urlsplit
 import httpx
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Message = dict[str, Any]
@@ -84,7 +85,8 @@ def _checked_messages(messages: list[Message]) -> list[Message]:
 
 def _checked_url(url: str) -> str:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.username or parts.query)
+    if not plain or parts.port == 0:  # a port that is none is a ValueError by itself
         raise ValueError("must be a plain http(s) URL")
     return url.rstrip("/")
 
@@ -353,14 +355,17 @@ class Trainer:
             trust_env=False,
         )
         self._url = url
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        # Uncompressed: a few bytes may unpack to gigabytes before any limit is looked at.
+        self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if key:
+            self._headers["authorization"] = f"Bearer {key}"
 
     async def close(self) -> None:
         """Close the connection."""
         await self._http.aclose()
 
-    async def post(self, path: str, body: dict[str, Any], retries: int) -> dict[str, Any]:
-        """The answer's JSON. 5xx, timeouts and broken connections are tried again, 4xx never. Raises Failure."""
+    async def post(self, path: str, body: bytes, retries: int) -> dict[str, Any]:
+        """JSON for JSON. 5xx, timeouts and broken connections are tried again, 4xx never. Raises Failure."""
         failure = Failure("network_error", "the trainer was not called")
         for attempt in range(retries + 1):
             if attempt:
@@ -373,6 +378,9 @@ class Trainer:
             except httpx.HTTPError as error:
                 failure = Failure("network_error", f"the trainer could not be reached ({type(error).__name__})")
                 continue
+            except (httpx.InvalidURL, ValueError) as error:
+                # A URL or a key that no request can be made with.
+                raise Failure("validation_error", f"the trainer cannot be called ({type(error).__name__})") from None
             if status == 200:
                 with contextlib.suppress(ValueError, RecursionError):
                     if isinstance(answer := json.loads(content or b"{}"), dict):
@@ -385,14 +393,24 @@ class Trainer:
             failure = Failure("trainer_server_error", f"the trainer answered {status}")
         raise failure
 
-    async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
-        async with self._http.stream("POST", self._url + path, json=body, headers=self._headers) as response:
+    async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        async with self._http.stream("POST", self._url + path, content=body, headers=self._headers) as response:
+            if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+                raise Failure("trainer_error", "the trainer's answer is compressed, which was not asked for")
             content = b""
             async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > MAX_ANSWER_BYTES:
                     raise Failure("trainer_error", "the trainer's answer is too large")
             return response.status_code, content
+
+
+def as_json(value: dict[str, Any]) -> bytes:
+    """In ASCII, so that half a surrogate pair goes back as it came. Raises Failure for what no JSON has, as NaN."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise Failure("internal_error", "the conversation has values that JSON does not know") from None
 
 
 # 6. One rollout.
@@ -458,6 +476,21 @@ class Rollout:
             "extra_fields": {} if failure is None else {"error_category": failure.category},
         }
 
+    def scored(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The same for generation B, whose server scores: a report all the same where the reward fails."""
+        reward = None
+        if report["status"] == "COMPLETED":
+            try:
+                reward = reward_of(report["final_messages"], self._request.metadata)
+                if reward is not None and not math.isfinite(reward):
+                    raise ValueError
+            except Exception as bug:
+                reward = None
+                failure = Failure("internal_error", f"the reward could not be computed ({type(bug).__name__})")
+                report = self.report(None, failure)
+        reason = report["finish_reason"] if report["status"] == "COMPLETED" else "error"
+        return {**report, "finish_reason": reason, "reward": reward}
+
     async def _loop(self) -> str:
         new: list[Message] = []
         for _ in range(self._request.max_turns):
@@ -499,7 +532,7 @@ class Rollout:
         if isinstance(wanted := body.get("max_tokens"), int):
             body["max_tokens"] = min(wanted, request.max_tokens_total - self._used)
         started = time.perf_counter()
-        answer = await self._trainer.post(path, body, CALL_RETRIES)
+        answer = await self._trainer.post(path, as_json(body), CALL_RETRIES)
         self._metrics.llm_latency_ms += 1000 * (time.perf_counter() - started)
         self._metrics.num_llm_calls += 1
         try:
@@ -513,7 +546,9 @@ class Rollout:
                 raise ValueError
             if not all(isinstance(call, dict) for call in message.get("tool_calls") or []):
                 raise ValueError
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            if not (0 <= num_prompt < 2**31 and 0 <= num_sampled < 2**31):
+                raise ValueError
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
             raise Failure("trainer_error", "the trainer's answer is none of the protocol") from None
         if self._mask is not None:
             if prompt_ids is None or sampled is None:
@@ -537,7 +572,9 @@ def _answer(call: dict[str, Any], text: str) -> Message:
 
 @dataclass
 class _Known:
-    task: asyncio.Task[dict[str, Any]]
+    playing: asyncio.Task[dict[str, Any]]
+    task: asyncio.Task[bytes]
+    """Plays, reports, and has the report as JSON. Never cancelled: `playing` is, and its end is still reported."""
     since: float
 
 
@@ -553,7 +590,7 @@ class Service:
         self._known: dict[str, _Known] = {}
         self._tls = ssl.create_default_context()
 
-    def begin(self, key: str, request: RolloutRequest | InitRequest) -> asyncio.Task[dict[str, Any]]:
+    def begin(self, key: str, request: RolloutRequest | InitRequest) -> asyncio.Task[bytes]:
         """Start a rollout, or find the one that is known by this key. Raises HTTPException."""
         now = time.monotonic()
         for old, known in list(self._known.items()):
@@ -566,42 +603,56 @@ class Service:
             raise HTTPException(422, "server_url: this host is not one that this server calls (--callback-host)")
         if self.active >= self.settings.max_running + self.settings.max_waiting:
             raise HTTPException(429, "too many rollouts at once", headers={"retry-after": "1"})
+        bearer = request.callback_api_key if isinstance(request, RolloutRequest) else request.api_key
+        trainer = Trainer(self._tls, request.server_url, bearer)
+        rollout = Rollout(request, trainer, self.settings, self.template)
+        playing = asyncio.create_task(self._play(rollout))
+        task = asyncio.create_task(self._run(request, rollout, trainer, playing))
         self.active += 1
-        task = asyncio.create_task(self._run(request))
-        self._known[key] = _Known(task, now)
+        self._known[key] = _Known(playing, task, now)
         return task
 
-    async def _run(self, request: RolloutRequest | InitRequest) -> dict[str, Any]:
-        key = request.callback_api_key if isinstance(request, RolloutRequest) else request.api_key
-        trainer = Trainer(self._tls, request.server_url, key)
-        rollout = Rollout(request, trainer, self.settings, self.template)
+    async def _play(self, rollout: Rollout) -> dict[str, Any]:
+        # The deadline of a rollout begins with the rollout, not with the waiting.
+        async with self._slots:
+            return await rollout.play()
+
+    async def _run(
+        self,
+        request: RolloutRequest | InitRequest,
+        rollout: Rollout,
+        trainer: Trainer,
+        playing: asyncio.Task[dict[str, Any]],
+    ) -> bytes:
         try:
             try:
-                # The deadline of a rollout begins with the rollout, not with the waiting.
-                async with self._slots:
-                    report = await rollout.play()
+                report = await playing
             except asyncio.CancelledError:
                 report = rollout.report(None, Failure("internal_error", "the rollout server is shutting down"))
-            if isinstance(request, InitRequest):
-                done = report["status"] == "COMPLETED"
-                report["reward"] = reward_of(report["final_messages"], request.metadata) if done else None
-                report["finish_reason"] = report["finish_reason"] if done else "error"
+            is_b = isinstance(request, InitRequest)
+            try:
+                content = as_json(rollout.scored(report) if is_b else report)
+            except Failure as failure:
+                # What cannot be told is left out; that the rollout has ended is not.
+                report = {**rollout.report(None, failure), "final_messages": []}
+                content = as_json(rollout.scored(report) if is_b else report)
+            if is_b:
                 # A trainer that cannot be told has its own deadline.
                 with contextlib.suppress(Failure):
-                    await trainer.post("/v1/rollout/completed", report, REPORT_RETRIES)
-            return report
+                    await trainer.post("/v1/rollout/completed", content, REPORT_RETRIES)
+            return content
         finally:
             self.active -= 1
             self.completed += 1
             await trainer.close()
 
     async def close(self) -> None:
-        """End what is running; every rollout still reports."""
-        running = [known.task for known in self._known.values() if not known.task.done()]
-        for task in running:
-            task.cancel()
+        """End what is playing; every rollout still reports, those too that are just reporting."""
+        running = [known for known in self._known.values() if not known.task.done()]
+        for known in running:
+            known.playing.cancel()
         if running:
-            await asyncio.wait(running, timeout=SHUTDOWN_SECONDS)
+            await asyncio.wait([known.task for known in running], timeout=SHUTDOWN_SECONDS)
 
     def health(self) -> dict[str, Any]:
         """For whoever watches."""
@@ -664,12 +715,13 @@ def create_app(settings: Settings) -> FastAPI:
         return {"tools": TOOLS}
 
     @app.post("/rollout", dependencies=guarded)
-    async def rollout(raw: Annotated[bytes, Depends(_raw)]) -> dict[str, Any]:
+    async def rollout(raw: Annotated[bytes, Depends(_raw)]) -> Response:
         request = _parsed(RolloutRequest, raw)
         if running().template is None:
             raise HTTPException(501, "generation A needs the trainer's tokenizer (--tokenizer)")
         # Shielded: that a caller went away does not end what another may ask for again.
-        return await asyncio.shield(running().begin(f"rollout {request.rollout_id}", request))
+        report = await asyncio.shield(running().begin(f"rollout {request.rollout_id}", request))
+        return Response(report, media_type="application/json")
 
     @app.post("/v1/rollout/init", status_code=202, dependencies=guarded)
     async def init(raw: Annotated[bytes, Depends(_raw)]) -> JSONResponse:

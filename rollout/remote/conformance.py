@@ -48,7 +48,7 @@ CHECKS: dict[str, str] = {
     "report": "The end of B is posted to /v1/rollout/completed until the trainer has answered 200; otherwise a "
     "played rollout is lost.",
     "retry": "5xx, timeouts and broken connections are tried again: 3 times for a call, with a growing pause. 4xx "
-    "says that the call itself is wrong: it is never tried again.",
+    "says that the call itself is wrong: it is never tried again, but for a 429 with Retry-After, after that time.",
     "sampling": "The trainer's sampling parameters come back as they were given: off-policy tokens otherwise.",
     "tool-answers": "Each tool call gets one message with role tool and its tool_call_id before the next call, also "
     "if the tool fails: then its content begins with `Error:`.",

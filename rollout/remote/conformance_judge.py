@@ -6,12 +6,15 @@ it answered. Where the trainer had to refuse a call, what followed from that is 
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ValidationError
 
 from rollout.remote.conformance import Call, Deviation, Played, Report, shown
 from rollout.remote.conformance_plan import RETRY_AFTER_SECONDS
 from rollout.remote.history import first_difference
-from rollout.remote.wire import COMPLETED_PATH, COMPLETION_PATHS, ERROR_CATEGORIES, RolloutResponse
+from rollout.remote.wire import COMPLETED_PATH, COMPLETION_PATHS, ERROR_CATEGORIES, INIT_PATH, RolloutResponse
+from rollout.tasks import Message
 
 # Clocks of two processes, and timers that fire early.
 SLACK_SECONDS = 0.1
@@ -86,7 +89,7 @@ class _Judge:
                 continue
             check = "duplicate" if number else ("unknown-fields" if self._scenario.extra_fields else "answer")
             if begun.status is None:
-                self._off(check, f"the request that begins the rollout got no answer: {shown(begun.said)}")
+                self._off(check, f"the request that begins the rollout got no proper answer: {shown(begun.said)}")
             else:
                 self._off(check, f"it was begun with {begun.status} instead of {wanted}: {shown(begun.said)}")
             return False
@@ -100,6 +103,9 @@ class _Judge:
                 if given != played.rollout_id:
                     self._off("answer", f"the 202 has rollout_id {shown(given)}, not {played.rollout_id!r}")
             self._reports()
+            if not played.begun:
+                self._off("answer", f"POST {INIT_PATH} was not answered within {played.seconds:.0f} s")
+                return None
             if not played.reports:
                 self._off("report", f"no report of the end came within {played.seconds:.0f} s")
                 return None
@@ -226,10 +232,11 @@ class _Judge:
         said = {**last.message, "tool_calls": answer.get("tool_calls")}
         if (difference := first_difference(said, answer)) is not None:
             self._off("final-messages", f"the model's last answer came back changed: {difference}")
-        ids = {message.get("tool_call_id") for message in final if message.get("role") == "tool"}
-        asked = [call.get("id") for message in final for call in message.get("tool_calls") or []]
+        # A list: what stands there is the server's, and need not be text.
+        ids = [message.get("tool_call_id") for message in final if message.get("role") == "tool"]
+        asked = [identifier for message in final for identifier in _call_ids(message)]
         if open_calls := [identifier for identifier in asked if identifier not in ids]:
-            names = ", ".join(map(str, open_calls))
+            names = ", ".join(map(shown, open_calls))
             self._off("final-messages", f"{len(open_calls)} tool calls have no answer: {names}")
 
     def _metrics(self, end: RolloutResponse) -> None:
@@ -264,3 +271,10 @@ class _Judge:
                 f"{metrics.llm_latency_ms:.0f}; the calls alone took {waited:.0f} ms here"
             )
             self._off("metrics", text, advice=True)
+
+
+def _call_ids(message: Message) -> list[Any]:
+    """Of a server's own message, whose calls may be anything; what is no call has none."""
+    calls = message.get("tool_calls")
+    found = calls if isinstance(calls, list) else []
+    return [call.get("id") for call in found if isinstance(call, dict)]

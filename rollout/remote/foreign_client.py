@@ -84,7 +84,7 @@ class ForeignClient:
         """
         self.spec = spec
         self._hosts = hosts
-        headers = {"accept": "application/json"}
+        headers = {"accept": "application/json", "accept-encoding": "identity"}
         if spec.key_env is not None:
             key = (os.environ if env is None else env).get(spec.key_env, "").strip()
             if not key:
@@ -202,20 +202,25 @@ class ForeignClient:
 
     async def _send(self, method: str, path: str, content: bytes | None, limit: int) -> _Answer:
         headers = {} if content is None else {"content-type": "application/json"}
-        url, extensions = self.spec.url + path, {}
-        if self._hosts is not None:
-            try:
-                endpoint = await self._hosts.check_url(url)
-            except HostRefused as refusal:
-                raise RemoteError(f"environment.remote: {str(refusal).removeprefix('server_url: ')}") from None
-            except HostUnknown as failure:
-                # The name service may know it again in a moment.
-                raise RemoteDied(f"environment.remote: {str(failure).removeprefix('server_url: ')}") from None
-            # To the very address that was checked.
-            url, headers["host"], extensions = endpoint.url, endpoint.host, {"sni_hostname": endpoint.name}
-        async with self._http.stream(
-            method, url, content=content, headers=headers, extensions=extensions
-        ) as response:
+        url = self.spec.url + path
+        try:
+            if self._hosts is None:
+                request = self._http.build_request(method, url, content=content, headers=headers)
+                response = await self._http.send(request, stream=True)
+            else:
+                response = await self._hosts.send(self._http, method, url, content=content, headers=headers)
+        except HostRefused as refusal:
+            raise RemoteError(f"environment.remote: {str(refusal).removeprefix('server_url: ')}") from None
+        except HostUnknown as failure:
+            # The name service may know it again in a moment.
+            raise RemoteDied(f"environment.remote: {str(failure).removeprefix('server_url: ')}") from None
+        async with contextlib.aclosing(response):
+            if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+                # One chunk from the network may unpack to gigabytes before any limit is looked at.
+                raise RemoteError(
+                    f"{self._where} answered {method} {path} compressed, which was not asked for: it must heed "
+                    "accept-encoding"
+                )
             chunks, size = [], 0
             async for chunk in response.aiter_bytes():
                 size += len(chunk)

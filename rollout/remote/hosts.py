@@ -1,8 +1,8 @@
 """Where a rollout server may send its calls: a list, because the address comes from whoever asks for a rollout.
 
 Invariant: a call goes only to an address that the list allows, and to the very address that was checked: a name is
-looked up once, each answer is checked, and the connection is made to what was found. A name stands in the list or is
-refused; what a name leads to is trusted only as far as the list says so too. Without a list: this machine alone.
+looked up once, each answer is checked, and the connection is made to one of what was found. A name stands in the list
+or is refused; what a name leads to is trusted only as far as the list says so too. Without a list: this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
+
+import httpx
 
 from rollout.remote.failures import RemoteFailure
 
@@ -27,10 +30,19 @@ LOOKUP_SECONDS = 5.0
 # A checked answer is used so long before the name is looked up again.
 REMEMBER_S = 30.0
 MAX_REMEMBERED = 1_024
+# Of one name. All are checked; the first so many are tried.
+MAX_ADDRESSES = 8
 MAX_URL_CHARS = 2_048
 DEFAULT_PORTS = {"http": 80, "https": 443}
 LOCALHOST = "localhost"
 LOOPBACK: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+# IPv6 addresses that a gateway takes apart: behind them is the IPv4 address at this place (bits from the right).
+_CARRIERS: tuple[tuple[ipaddress.IPv6Network, int], ...] = (
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64
+    (ipaddress.IPv6Network("2002::/16"), 80),  # 6to4
+)
+# Never public, whatever Python's tables say: IPv4-compatible, NAT64 within a site, Teredo, site-local.
+_INSIDE = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b:1::/48", "2001::/32", "fec0::/10")))
 
 _NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
 
@@ -53,12 +65,19 @@ class HostUnknown(RemoteFailure):
 class Endpoint:
     """A checked URL, ready to be called."""
 
-    url: str
-    """With the address in the host's place."""
+    urls: tuple[str, ...]
+    """With an address in the host's place, the one to begin with first."""
     host: str
     """For the Host header: host and port as they were written."""
     name: str
     """For TLS: whose certificate it must be."""
+    addresses: tuple[Address, ...]
+    """Those of `urls`."""
+
+    @property
+    def url(self) -> str:
+        """The first of them."""
+        return self.urls[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,7 @@ class AllowedHosts:
         """
         self._entries = [_entry(pattern) for pattern in patterns]
         self._resolve = resolve or _look_up
-        self._known: dict[tuple[str, int], tuple[float, Address]] = {}
+        self._known: dict[tuple[str, int], tuple[float, tuple[Address, ...]]] = {}
 
     def check_listed(self, url: str) -> None:
         """Whether the URL's host is allowed as it is written, without looking it up. Raises HostRefused."""
@@ -104,15 +123,44 @@ class AllowedHosts:
         Raises HostRefused, and HostUnknown where the name service has no answer.
         """
         parts, host, port = self._listed(url)
-        address = _literal(host)
-        if address is None:
-            address = await self._checked(host, port)
-        shown = f"[{address}]" if address.version == 6 else str(address)
+        literal = _literal(host)
+        addresses = await self._checked(host, port) if literal is None else (literal,)
         return Endpoint(
-            url=parts._replace(netloc=f"{shown}:{port}").geturl(),
+            urls=tuple(parts._replace(netloc=f"{_shown(address)}:{port}").geturl() for address in addresses),
             host=parts.netloc,
             name=host,
+            addresses=addresses,
         )
+
+    async def send(self, http: httpx.AsyncClient, method: str, url: str, **options: Any) -> httpx.Response:
+        """Check a URL and send a request to it: to the first of its addresses that takes a connection.
+
+        `options`: those of httpx's build_request. The response is not read yet; close it. Raises as check_url and
+        httpx do; a connection error is of the last address.
+        """
+        endpoint = await self.check_url(url)
+        headers = {**options.pop("headers", {}), "host": endpoint.host}
+        # The address was checked, so the connection is made to it; the certificate must be the name's.
+        extensions = {"sni_hostname": endpoint.name}
+        for number, address in enumerate(endpoint.urls):
+            request = http.build_request(method, address, headers=headers, extensions=extensions, **options)
+            try:
+                response = await http.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                # Nothing was sent. A name may have addresses that are dead, or of a protocol that is not spoken here.
+                if number + 1 == len(endpoint.urls):
+                    raise
+            else:
+                if number:
+                    self._prefer(url, endpoint.addresses[number])
+                return response
+        raise AssertionError("the last address returns or raises")
+
+    def _prefer(self, url: str, address: Address) -> None:
+        """Begin with this address the next time: a dead one before it costs its timeout with every call."""
+        _, host, port = _split(url)
+        if (known := self._known.get((host, port))) is not None:
+            self._known[host, port] = known[0], _first(address, known[1])
 
     def _listed(self, url: str) -> tuple[SplitResult, str, int]:
         parts, host, port = _split(url)
@@ -128,7 +176,7 @@ class AllowedHosts:
             "remote_rollout.allowed_hosts"
         )
 
-    async def _checked(self, host: str, port: int) -> Address:
+    async def _checked(self, host: str, port: int) -> tuple[Address, ...]:
         known = self._known.get((host, port))
         if known is not None and known[0] > time.monotonic():
             return known[1]
@@ -141,24 +189,32 @@ class AllowedHosts:
             raise HostUnknown(f"server_url: {host} is not known to the name service") from None
         if not found:
             raise HostUnknown(f"server_url: {host} has no address")
-        for address in map(_plain, found):
+        # Twice is once, and what has worked before comes first.
+        addresses = tuple(dict.fromkeys(map(_plain, found)))
+        for address in addresses:
             if not self._reachable(host, address, port):
                 # All, not the first: which one is taken must not be for the name's owner to choose.
                 raise HostRefused(
                     f"server_url: {host} leads to {address}, which is not a public address; list its network in "
                     "remote_rollout.allowed_hosts as well if that is meant"
                 )
-        chosen = _plain(found[0])
+        addresses = _first(known[1][0], addresses) if known is not None else addresses
+        addresses = addresses[:MAX_ADDRESSES]
         if len(self._known) >= MAX_REMEMBERED:
             self._known.clear()
-        self._known[host, port] = (time.monotonic() + REMEMBER_S, chosen)
-        return chosen
+        self._known[host, port] = (time.monotonic() + REMEMBER_S, addresses)
+        return addresses
 
     def _reachable(self, host: str, address: Address, port: int) -> bool:
         if host == LOCALHOST:
             return address.is_loopback
         if any(entry.holds(address, port) for entry in self._entries):
             return True
+        if address.version == 6 and any(address in network for network in _INSIDE):
+            return False
+        carried = _carried(address)
+        if carried is not None and not self._reachable(host, carried, port):
+            return False
         return address.is_global and not address.is_multicast
 
 
@@ -220,6 +276,23 @@ def _plain(address: Address) -> Address:
     """An IPv4 address in an IPv6 one's clothes is the IPv4 address."""
     mapped = getattr(address, "ipv4_mapped", None)
     return address if mapped is None else mapped
+
+
+def _first(address: Address, addresses: tuple[Address, ...]) -> tuple[Address, ...]:
+    """The same with this one, if it is among them, in front."""
+    return tuple(sorted(addresses, key=lambda other: other != address))
+
+
+def _shown(address: Address) -> str:
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+def _carried(address: Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a gateway makes of an IPv6 one. The connection is made to the latter all the same."""
+    for network, shift in _CARRIERS:
+        if address in network:
+            return ipaddress.IPv4Address(int(address) >> shift & 0xFFFF_FFFF)
+    return None
 
 
 async def _look_up(host: str, port: int) -> list[str]:

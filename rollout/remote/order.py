@@ -1,7 +1,8 @@
 """A rollout that a foreign trainer ordered, whichever generation it speaks: what is kept, compared and played.
 
 Invariant: an order is complete (nothing of it depends on the request's generation any more but how it is answered),
-and two orders have one digest if and only if they ask for the same.
+and two orders have one digest if and only if they ask for the same. With which key the trainer is called is no part
+of that: a trainer may make a new one for each attempt.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -72,14 +74,24 @@ class RolloutOrder(BaseModel):
         )
 
     def digest(self) -> str:
-        """Hexadecimal. Of everything but the names by which an order is found; key order in JSON does not count."""
-        fields = self.model_dump(mode="json", exclude={"rollout_id", "key"})
+        """Hexadecimal. Of everything but the names by which an order is found and the trainer's key; the order of
+        names in JSON does not count."""
+        fields = self.model_copy(update={"api_key": None}).model_dump(mode="json", exclude={"rollout_id", "key"})
         data = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(data.encode()).hexdigest()
 
+    @property
+    def host(self) -> str:
+        """The trainer's host name or address, without its port."""
+        try:
+            return (urlsplit(self.server_url).hostname or "").rstrip(".")
+        except ValueError:
+            return ""
+
     def without_history(self) -> RolloutOrder:
-        """What is still needed when it has been played: to whom to report, and with which key."""
-        return self.model_copy(update={"messages": [], "metadata": {}, "params": {}})
+        """What is still needed when it has been played: in B, to whom to report, and with which key."""
+        key = self.api_key if self.generation == "B" else None
+        return self.model_copy(update={"messages": [], "metadata": {}, "params": {}, "api_key": key})
 
 
 @dataclass(slots=True)

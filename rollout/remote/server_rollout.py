@@ -1,12 +1,13 @@
 """One rollout, played for a foreign trainer: the session loop of every other rollout, with the trainer as its model.
 
-Invariant: `play` returns exactly one answer, whatever happens, and never raises; every tool call in its final
-messages has an answer, and the last assistant message is there however the rollout ended.
+Invariant: `play` returns exactly one answer, whatever happens, and never raises; it can be written as JSON, every
+tool call in its final messages has an answer, and the last assistant message is there however the rollout ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -163,7 +164,7 @@ def _answer(order: RolloutOrder, trajectory: Trajectory, model: TrainerModel, to
     return RolloutResponse(
         rollout_id=order.rollout_id,
         status="COMPLETED" if failure is None else "ERROR",
-        final_messages=answered(trajectory.messages or order.messages),
+        final_messages=answered(_sendable(trajectory.messages or order.messages)),
         finish_reason="error" if failure is not None else _FINISHED[trajectory.stop_reason],
         error_message=None if failure is None else failure.message,
         reward=None if failure is not None else trajectory.reward,
@@ -195,6 +196,16 @@ def _failure(order: RolloutOrder, trajectory: Trajectory, model: TrainerModel) -
     if reason == "deadline":
         return RemoteFailure("internal_error", "the rollout took longer than this rollout server allows")
     return foreign_words(trajectory.error)
+
+
+def _sendable(messages: Sequence[Message]) -> Sequence[Message]:
+    """As far as it is JSON: what an environment replied may be anything, and has then ended the rollout."""
+    for index, message in enumerate(messages):
+        try:
+            json.dumps(message, allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, TypeError, RecursionError):
+            return messages[:index]
+    return messages
 
 
 def answered(messages: Sequence[Message]) -> list[Message]:

@@ -1,14 +1,16 @@
 """The trainer as the rollout server calls it: model calls while a rollout is played, one callback at its end.
 
 Invariant: every call has a deadline, a bounded answer and a bounded number of repetitions, goes to a checked address
-alone, and follows no redirect. What fails is a RemoteFailure in the protocol's words; a trainer's own words and its
-key are in no message.
+alone, and follows no redirect. A 4xx is never tried again, but for a 429 that says when to come again: such a trainer
+is busy, not of another mind. What fails is a RemoteFailure in the protocol's words; a trainer's own words and its key
+are in no message.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -28,8 +30,10 @@ from rollout.remote.wire import (
 )
 
 CALL_SECONDS, CONNECT_SECONDS = 300.0, 10.0
-# The callback carries a result and asks for no work.
+# The callback carries a result and asks for no work; for all of its repetitions together.
 COMPLETED_SECONDS = 60.0
+# It has one of few places, and whoever sends it comes again: a trainer that wants more time gets it without a place.
+COMPLETED_PAUSE_S = 5.0
 CHAT_RETRIES, COMPLETED_RETRIES = 3, 2
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 # A million tokens with their log-probabilities are about this much JSON.
@@ -103,9 +107,20 @@ class TrainerClient:
             ) from None
 
     async def completed(self, response: RolloutResponse) -> None:
-        """Tell the trainer how the rollout ended. Raises RemoteFailure; `trainer_client_error` is its last word."""
+        """Tell the trainer how the rollout ended.
+
+        Raises RemoteFailure; `trainer_client_error` is the trainer's last word, and TrainerBusy its wish to be told
+        later.
+        """
         body = await _dumped(lambda: response.body("B"))
-        await self._post(COMPLETED_PATH, body, retries=COMPLETED_RETRIES, seconds=COMPLETED_SECONDS)
+        seconds = COMPLETED_SECONDS
+        try:
+            async with asyncio.timeout(seconds):
+                await self._post(
+                    COMPLETED_PATH, body, retries=COMPLETED_RETRIES, seconds=seconds, patience=COMPLETED_PAUSE_S
+                )
+        except TimeoutError:
+            raise RemoteFailure("network_error", f"the trainer did not take the end within {seconds:g} s") from None
 
     async def close(self) -> None:
         """Release the connections."""
@@ -124,13 +139,16 @@ class TrainerClient:
         self._answered = True
         return content
 
-    async def _post(self, path: str, body: bytes, *, retries: int, seconds: float) -> bytes:
+    async def _post(
+        self, path: str, body: bytes, *, retries: int, seconds: float, patience: float = CALL_SECONDS
+    ) -> bytes:
+        """`seconds`: of one attempt. `patience`: longest wait that a Retry-After can ask for."""
         pause = FIRST_PAUSE_S
         for attempt in range(retries + 1):
             try:
                 return await self._once(path, body, seconds)
             except _Again as failure:
-                if attempt == retries:
+                if attempt == retries or (failure.after or 0.0) > patience:
                     raise failure.failure from None
                 wait = pause if failure.after is None else failure.after
             self.retries += 1
@@ -153,23 +171,13 @@ class TrainerClient:
             raise RemoteFailure("validation_error", "server_url: is not a URL that can be called") from None
 
     async def _exchange(self, path: str, body: bytes, seconds: float) -> bytes:
-        endpoint = await self._hosts.check_url(f"{self._base}{path}")
-        request = self._http.build_request(
-            "POST",
-            endpoint.url,
-            content=body,
-            headers={"host": endpoint.host},
-            timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
-            # The address was checked, so the connection is made to it; the certificate must be the name's.
-            extensions={"sni_hostname": endpoint.name},
-        )
-        response = await self._http.send(request, stream=True)
+        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+        response = await self._hosts.send(self._http, "POST", f"{self._base}{path}", content=body, timeout=timeout)
         try:
             status = response.status_code
             if status == 429:
-                raise _Again(
-                    RemoteFailure("rate_limited", "the trainer answers that it is busy (429)"), _after(response)
-                )
+                busy = TrainerBusy(_after(response))
+                raise busy if busy.after is None else _Again(busy, busy.after)
             if status >= 500:
                 raise _Again(RemoteFailure("trainer_server_error", f"the trainer failed with status {status}"))
             if status >= 400:
@@ -183,8 +191,16 @@ class TrainerClient:
             await response.aclose()
 
 
+class TrainerBusy(RemoteFailure):
+    """429. `after`: seconds that the trainer asked for; None where it did not say."""
+
+    def __init__(self, after: float | None) -> None:
+        super().__init__("rate_limited", "the trainer answers that it is busy (429)")
+        self.after = after
+
+
 class _Status(RemoteFailure):
-    """A 4xx: never tried again."""
+    """Another 4xx: never tried again."""
 
     def __init__(self, status: int) -> None:
         super().__init__("trainer_client_error", f"the trainer refused a call with status {status}")
@@ -215,13 +231,17 @@ async def _read(response: httpx.Response) -> bytes:
 
 def _after(response: httpx.Response) -> float | None:
     """Retry-After in seconds; None where it is missing or a date, which no trainer of ours sends."""
-    try:
-        seconds = float(response.headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    return min(seconds, CALL_SECONDS) if seconds >= 0 else None
+    given = response.headers.get("retry-after", "").strip()
+    return min(float(given), CALL_SECONDS) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", given) else None
 
 
 async def _dumped(make: Callable[[], dict[str, Any]]) -> bytes:
-    """A body as JSON, written off the event loop: a long history with its mask takes a while."""
-    return await asyncio.to_thread(lambda: json.dumps(make(), separators=(",", ":")).encode())
+    """A body as JSON, written off the event loop: a long history with its mask takes a while.
+
+    Raises RemoteFailure.
+    """
+    try:
+        return await asyncio.to_thread(lambda: json.dumps(make(), separators=(",", ":"), allow_nan=False).encode())
+    except (ValueError, TypeError, RecursionError):
+        # NaN, or nothing of JSON: a trainer could not read it, and would take it for our mistake.
+        raise RemoteFailure("internal_error", "a message of this rollout cannot be written as JSON") from None

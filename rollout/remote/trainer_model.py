@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from rollout.engine import Generation as Sampled
 from rollout.engine import VersionSpan
@@ -29,9 +33,12 @@ from rollout.remote.trainer_client import TrainerClient
 from rollout.remote.wire import CompletionRequest, CompletionResponse
 from rollout.rendering import ChatRenderer, ParsedTurn
 from rollout.session_model import ModelTurn
+from rollout.strict_json import as_unicode
 from rollout.tasks import Message
 from rollout.tool_calls import ToolCall
 from rollout.trajectory import StopReason
+
+logger = logging.getLogger(__name__)
 
 # What generation A says of a call that is not told otherwise; B's params may leave all of it out.
 DEFAULT_MAX_TOKENS = 512
@@ -141,7 +148,14 @@ class TrainerModel:
                 response_mask=self._mask,
                 **known,
             )
-        except ValueError:
+        except ValidationError as failure:
+            if any(issue["loc"][:1] == ("messages",) for issue in failure.errors(include_url=False)):
+                # The trainer's own were looked at when they came.
+                logger.warning("rollout %r: %s", self._order.rollout_id, failure)
+                raise RemoteFailure(
+                    "internal_error",
+                    "a message of the rollout server's environment is not one of the protocol; its log says why",
+                ) from None
             raise RemoteFailure(
                 "validation_error",
                 "completion_params: temperature (0 to 2), top_p (0 to 1), max_tokens, stop (a list of texts), "
@@ -279,7 +293,10 @@ class TrainerModel:
         specs = self._specs
         if not sampled:
             return ParsedTurn(content, None, [])
-        return await self._chat.run(len(sampled), lambda chat: chat.parse(sampled, prompt, specs, index))
+        parsed = await self._chat.run(len(sampled), lambda chat: chat.parse(sampled, prompt, specs, index))
+        # They stand in the tools' messages, which go to the trainer: what a model writes may be no Unicode.
+        calls = [call if call.name is None else replace(call, name=as_unicode(call.name)) for call in parsed.calls]
+        return replace(parsed, calls=calls)
 
     async def _run(self, messages: Sequence[Message], work: Any) -> list[int]:
         return await self._chat.run(characters(messages), work)

@@ -1,8 +1,9 @@
 """The remote rollout protocol's bodies, both generations, both directions.
 
 Invariant: a body that these models take keeps the protocol's bounds; whatever else a peer wrote beside the known
-fields is dropped, except in messages, which stay exactly as they came. What we write has no field that the protocol
-does not know.
+fields is dropped, except in messages, which stay exactly as they came. What comes back to a peer (messages, metadata,
+sampling parameters) can be written as JSON that every reader takes. What we write has no field that the protocol does
+not know.
 
 Generation A is synchronous with a response mask, A1 is A with the other callback path, B is asynchronous.
 """
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rollout.strict_json import problems
 from rollout.tasks import Message
 
 Generation = Literal["A", "A1", "B"]
@@ -55,7 +57,16 @@ TOOLS_PATH = "/tools"
 HEALTH_PATH = "/health"
 
 
+def _strict(value: Any) -> Any:
+    # Pydantic's allow_inf_nan looks at declared numbers alone, and not into what is free.
+    problem = next(problems(value), None)
+    if problem is not None:
+        raise ValueError(f"{problem.where}: {problem.what}" if problem.where else problem.what)
+    return value
+
+
 def _messages(messages: list[Message], roles: tuple[str, ...]) -> list[Message]:
+    _strict(messages)
     for index, message in enumerate(messages):
         if message.get("role") not in roles:
             raise ValueError(f"item {index}: role is {message.get('role')!r}; use one of {', '.join(roles)}")
@@ -104,6 +115,7 @@ MessagesB = Annotated[list[Message], AfterValidator(lambda value: _messages(valu
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_TOKENS)]
 # Peers write null for an empty object.
 Free = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+Metadata = Annotated[Free, AfterValidator(_strict)]
 
 
 class _Body(BaseModel):
@@ -137,7 +149,7 @@ class RolloutRequest(_Body):
     tool_server_url: str | None = Field(default=None, max_length=MAX_URL_CHARS)
     max_turns: int = Field(default=10, ge=1, le=100)
     max_tokens_total: int = Field(default=8_192, ge=1, le=MAX_TOKENS)
-    metadata: Free = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
     callback_api_key: Key | None = Field(default=None, repr=False)
     """Sent back as `Authorization: Bearer …`."""
     tokenizer_name: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
@@ -150,12 +162,12 @@ class InitRequest(_Body):
     rollout_id: Annotated[RolloutId, AfterValidator(_not_blank)]
     server_url: Url
     messages: MessagesB = Field(min_length=1)
-    completion_params: dict[str, Any]
+    completion_params: Annotated[dict[str, Any], AfterValidator(_strict)]
     """Free; what it has goes into every call to the trainer."""
     tool_server_url: str | None = Field(default=None, max_length=MAX_URL_CHARS)
     max_turns: int = Field(default=10, ge=1, le=MAX_TURNS_B)
     max_tokens_total: int = Field(default=8_192, ge=1, le=MAX_TOKENS)
-    metadata: Annotated[Free, AfterValidator(_small)] = Field(default_factory=dict)
+    metadata: Annotated[Metadata, AfterValidator(_small)] = Field(default_factory=dict)
     """At most MAX_METADATA_BYTES as JSON."""
     api_key: Key | None = Field(default=None, repr=False)
     """Bearer of the calls to the trainer."""
@@ -222,6 +234,8 @@ class Choice(_Body):
             raise ValueError(f"message.role is {self.message['role']!r}, not assistant")
         if not isinstance(self.message.get("content"), str | list | None):
             raise ValueError("message.content must be text, a list of parts or null")
+        # It comes back in the next call, and at the end.
+        _strict(self.message)
         return self
 
 

@@ -104,6 +104,86 @@ def test_an_answer_never_changes():
     assert (entry.state, entry.order.messages) == ("reported", [])
 
 
+def test_the_key_of_a_that_nobody_calls_any_more_is_not_kept():
+    made = book()
+    made.accept(order(callback_api_key="k"), NOW)
+    made.start("r", NOW)
+    assert made.get("r").order.api_key == "k"
+    made.finish("r", answer(), NOW)
+    assert made.get("r").order.api_key is None
+
+
+def test_a_repeated_request_may_bring_a_new_key():
+    made = book()
+    for name, generation in (("a", "A"), ("b", "B")):
+        made.accept(order(name, generation), NOW)
+        new = {"callback_api_key": "new"} if generation == "A" else {"api_key": "new"}
+        assert not made.accept(order(name, generation, **new), NOW)[1]
+        assert made.renew(name, "new") and made.get(name).order.api_key == "new"
+        assert not made.renew(name, "new") and not made.renew(name, None)
+        made.start(name, NOW)
+        assert made.renew(name, "newer") == (generation == "B"), "of A no call is to come that does not have its key"
+        made.finish(name, answer(name), NOW)
+    assert made.renew("b", "newest") and made.get("b").order.api_key == "newest", "for the next report"
+    made.reported("b", NOW)
+    assert not made.renew("b", "late") and not made.renew("a", "late")
+
+
+def at(host: str, name: str, generation: str = "A") -> RolloutOrder:
+    return order(name, generation, server_url=f"http://{host}:{9000 + len(name)}")
+
+
+def test_the_host_with_the_fewest_places_is_next_and_none_has_all():
+    made = book(max_concurrent=16, max_queued=100)
+    for index in range(30):
+        made.accept(at("stalls", f"s{index}"), NOW + index)
+
+    def start() -> list[str]:
+        started = []
+        while (entry := made.next_to_start()) is not None:
+            started.append(made.start(entry.rollout_id, NOW).rollout_id)
+        return started
+
+    assert start() == [f"s{index}" for index in range(14)], "two of sixteen places are left"
+    for index in range(3):
+        made.accept(at("other", f"o{index}"), NOW + 90 + index)
+    assert start() == ["o0", "o1"]
+    made.finish("s3", answer("s3"), NOW)
+    assert start() == ["o2"], "others were there before, but their host has more"
+    made.finish("o0", answer("o0"), NOW)
+    assert start() == ["s14"]
+    made.withdraw("s15")
+    made.finish("o1", answer("o1"), NOW)
+    assert start() == [], "fourteen again"
+    made.finish("s0", answer("s0"), NOW)
+    assert start() == ["s16"]
+
+
+def test_who_has_waited_longest_is_told_first():
+    made = book(max_concurrent=9)
+    for index, name in enumerate("abc"):
+        ended(made, name, "B", NOW + index)
+    assert [entry.rollout_id for entry in made.due(NOW + 9)] == ["a", "b", "c"]
+    made.unreported("a", NOW, "busy", 20.0)
+    made.unreported("b", NOW, "down")
+    assert [entry.due_at - NOW for entry in map(made.get, "ab")] == [20.0, FIRST_PAUSE_S], "as long as it asked for"
+    made.unreported("c", NOW, "busy", 9e9)
+    assert made.get("c").due_at == NOW + MAX_PAUSE_S
+    assert [entry.rollout_id for entry in made.due(NOW + 900)] == ["b", "a", "c"]
+
+
+def test_who_was_being_told_is_due_when_that_was_interrupted():
+    made = book(max_concurrent=9)
+    for name in "abc":
+        ended(made, name, "B")
+    made.reporting("a")
+    made.reporting("b")
+    made.reported("b", NOW)
+    made.unreported("c", NOW, "down")
+    made.interrupted()
+    assert [entry.rollout_id for entry in made.due(NOW)] == ["a"]
+
+
 def test_b_is_told_until_it_knows_with_growing_pauses():
     made = book(report_s=1e9)
     entry = ended(made, generation="B")

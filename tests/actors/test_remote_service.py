@@ -26,6 +26,8 @@ from rollout.errors import (
 from rollout.limits import Limits
 from rollout.remote.failures import RemoteFailure
 from rollout.remote.order import RolloutOrder
+from rollout.remote.tokenizers import LOAD_SECONDS
+from rollout.remote.trainer_client import TrainerBusy
 from rollout.remote.wire import RolloutResponse
 from tests.actors.test_remote_book import answer
 from tests.actors.test_remote_book import order as plain_order
@@ -75,6 +77,7 @@ class Trainers:
         self.keys: list[str | None] = []
         self.failures: list[Exception] = []
         self.tries = 0
+        self.stalls = 0
 
     def client(self, wanted: RolloutOrder, hosts: Any) -> Any:
         self.keys.append(wanted.api_key)
@@ -82,6 +85,9 @@ class Trainers:
 
     async def completed(self, response: RolloutResponse) -> None:
         self.tries += 1
+        if self.stalls:
+            self.stalls -= 1
+            await asyncio.sleep(60)
         if self.failures:
             raise self.failures.pop(0)
         self.told.append(response)
@@ -102,6 +108,7 @@ class House:
             "m:E", limits=Limits(session_seconds=5), max_concurrent=2, max_queued=3
         )
         self.now = 0.0
+        self.given_up: list[Any] = []
         self.service: RemoteService
         self.journal: Journal
 
@@ -114,6 +121,7 @@ class House:
             write=self.journal.write,
             workers=lambda: {name: (worker, self.loads[name]) for name, worker in self.workers.items()},
             make_client=self.trainers.client,
+            give_up=self.given_up.append,
             clock=lambda: time.time() + self.now,
         )
         await self.service.begin(journal_remote.recover(self.journal))
@@ -214,10 +222,19 @@ async def test_a_worker_that_dies_ends_its_rollouts_and_they_are_not_played_agai
 
 
 async def test_a_worker_that_says_nothing_is_not_waited_for(house: House, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "WORKER_MARGIN_S", -4.95)
+    assert house.settings is not None
+    monkeypatch.setattr(module, "WORKER_MARGIN_S", 0.05 - house.settings.worker_seconds)
     await house.service.accept(order())
     response = await house.service.result("r", 5.0)
     assert response is not None and "in time" in (response.error_message or "")
+    assert len(house.given_up) == 1, "no call of it may follow"
+
+
+async def test_a_worker_has_time_for_what_lies_outside_the_session(house: House):
+    assert house.settings is not None
+    limits = house.settings.limits
+    needed = LOAD_SECONDS + limits.session_seconds + 2 * limits.environment_seconds
+    assert house.settings.worker_seconds >= needed, "a tokenizer is loaded, the session played, scored and closed"
 
 
 async def test_without_workers_rollouts_wait_for_one(house: House):
@@ -319,6 +336,79 @@ async def test_a_cluster_that_is_taken_down_tells_its_trainers(house: House):
     assert response is not None and "stopped" in (response.error_message or "")
     with pytest.raises(UnavailableError):
         await house.service.accept(order("c"))
+
+
+async def test_what_was_being_told_when_the_cluster_went_down_is_told_in_the_farewell(house: House):
+    house.trainers.stalls = 1
+    await house.service.accept(order("r", "B"))
+    await until(lambda: house.playing)
+    house.workers["w1"].end("r")
+    await until(lambda: house.trainers.tries == 1)
+    await house.service.close()
+    assert [told.status for told in house.trainers.told] == ["COMPLETED"]
+    assert house.states() == {"r": "reported"}
+
+
+async def test_what_is_played_when_the_cluster_goes_down_is_taken_back_first(house: House):
+    await house.service.accept(order("r", "B"))
+    await until(lambda: house.playing)
+    await house.service.close()
+    assert len(house.given_up) == 1
+
+
+async def test_a_trainer_that_stalls_holds_up_nobody_elses_report(house: House, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "MAX_REPORTING", 3)
+    monkeypatch.setattr(module, "MAX_REPORTING_OF_HOST", 2)
+    house.settings = RemoteSettings("m:E", max_concurrent=10, max_queued=3)
+    await house.service.close()
+    await house.open()
+    house.trainers.stalls = 2
+    for name in "abc":
+        await house.service.accept(order(name, "B"))
+    await house.service.accept(plain_order("x", "B", server_url="http://localhost:9"))
+    await until(lambda: len(house.playing) == 4)
+    for name in "abcx":
+        house.workers[house.playing[name]].end(name)
+        await until(lambda name=name: house.states()[name] != "running")
+    await until(lambda: house.states()["x"] == "reported")
+    assert [told.rollout_id for told in house.trainers.told] == ["x"]
+    assert house.trainers.tries == 3, "the third of the host that stalls waits for a place"
+
+
+async def test_a_trainer_that_is_busy_is_told_when_it_wants_to_be(house: House):
+    house.trainers.failures = [TrainerBusy(200.0)]
+    await house.service.accept(order("r", "B"))
+    await until(lambda: house.playing)
+    house.workers["w1"].end("r")
+    await until(lambda: house.trainers.tries == 1)
+    house.now = 190.0
+    await asyncio.sleep(0.05)
+    assert house.trainers.tries == 1
+    house.now = 201.0
+    await until(lambda: house.trainers.told)
+
+
+async def test_a_key_that_is_made_anew_is_used_and_written_down(house: House):
+    house.trainers.failures = [RemoteFailure("network_error", "down")]
+    await house.service.accept(order("r", "B"))
+    assert (await house.service.accept(order("r", "B", api_key="new"))).repeated
+    assert journal_remote.recover(house.journal)[0].order.api_key == "new"
+    await until(lambda: house.playing)
+    house.workers["w1"].end("r")
+    await until(lambda: house.trainers.tries == 1)
+    assert (await house.service.accept(order("r", "B", api_key="newest"))).repeated
+    house.now = 10.0
+    await until(lambda: house.trainers.told)
+    assert house.trainers.keys == ["new", "newest"]
+
+
+async def test_the_key_of_a_is_not_in_the_journal_after_the_end(house: House):
+    await house.service.accept(order(callback_api_key="sesame"))
+    assert "sesame" in str(house.journal.read("SELECT * FROM remote_rollouts"))
+    await until(lambda: house.playing)
+    house.workers["w1"].end("r")
+    await until(lambda: house.states() == {"r": "reported"})
+    assert "sesame" not in str(house.journal.read("SELECT * FROM remote_rollouts"))
 
 
 async def test_nothing_is_taken_that_is_not_written_down(house: House, monkeypatch: pytest.MonkeyPatch):

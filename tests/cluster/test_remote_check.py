@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gzip
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
+from cluster import remote_probe
 from cluster.remote_probe import Outcome, Target, check_server
 from cluster.remote_trainer import ScriptedTrainer, Voice
 from examples.remote_rollout.server import Settings, call_tool, create_app, reward_of
 from rollout.errors import ConfigError, RolloutError
-from rollout.remote.conformance import CHECKS
+from rollout.remote.conformance import CHECKS, Begun, Call, Played
+from rollout.remote.conformance_judge import judge
 from rollout.remote.conformance_plan import SCENARIOS, bad_bodies, example_call
 from rollout.rendering import ChatRenderer, load_renderer
 from tests.remote_peers.chatml import ChatMl
@@ -107,7 +113,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "ignores_max_tokens": ("B", "max_tokens", "turns", r"\d{3} tokens were sampled with a max_tokens_total of 150"),
     "calls_it_stop": ("A", "truncated", "finish-reason", r"is stop, and max_tokens was expected"),
     "drops_last": ("A", "truncated", "final-messages", r"the model's last answer is missing after message 1"),
-    "open_calls": ("A", "max_turns", "final-messages", r"1 tool calls have no answer: call_1_0"),
+    "open_calls": ("A", "max_turns", "final-messages", r"1 tool calls have no answer: 'call_1_0'"),
     "no_metrics": ("A", "tools", "metrics", r"num_llm_calls is 0; there were 3"),
     "strict": ("A", "unknown_fields", "unknown-fields", r"begun with 422 instead of 200"),
     "tool_error_ends": ("A", "tool_error", "tool-answers", r"status is ERROR \(tool_error: .*COMPLETED was expected"),
@@ -169,6 +175,115 @@ async def test_another_trainers_tokenizer_is_found_by_the_example_server(chat: C
     assert [d.check for d in outcome.deviations] == ["mask"]
 
 
+# Servers that answer what nobody can use: judged like all others
+
+
+class Odd:
+    """Healthy, without GET /tools, and begins rollouts in its own way."""
+
+    def __init__(self, begin: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> None:
+        self._begin = begin
+        self.encodings: set[str | None] = set()
+
+    async def __aenter__(self) -> str:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/{path:.+}", self._post)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        counts = {"agent_loop": "odd", "active_rollouts": 0, "completed_rollouts": 0}
+        return web.json_response({"status": "healthy", **counts})
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        self.encodings.add(request.headers.get("accept-encoding"))
+        return await self._begin(request)
+
+
+async def hang(_request: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+async def full(_request: web.Request) -> web.StreamResponse:
+    return web.json_response({"detail": "full"}, status=429, headers={"retry-after": "0.1"})
+
+
+async def endless(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            await response.write(b"[" * 2**16)
+    return response
+
+
+async def bomb(_request: web.Request) -> web.StreamResponse:
+    packed = gzip.compress(gzip.compress(bytes(2**24)))
+    return web.Response(body=packed, headers={"content-encoding": "gzip, gzip"})
+
+
+@pytest.mark.parametrize("generation", ["A", "B"])
+@pytest.mark.parametrize(
+    ("begin", "text"),
+    [
+        (hang, r"POST /(v1/)?rollout(/init)? was not answered within 1 s"),
+        (full, r"begun with 429 instead of 20[02]: .*full"),
+        (endless, r"no proper answer: 'more than 1000000 bytes'"),
+        (bomb, r'no proper answer: "a compressed body \(\'gzip, gzip\', not asked for\)"'),
+    ],
+    ids=["hangs", "always full", "endless", "bomb"],
+)
+async def test_what_cannot_be_used_is_judged(
+    begin: Any, text: str, generation: str, chat: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote_probe, "MAX_ANSWER_BYTES", 1_000_000)
+    server = Odd(begin)
+    async with server as url:
+        target = Target(url, generation, chat=chat, timeout=0.7, only=("single_turn",))  # type: ignore[arg-type]
+        outcome = await check_server(target)
+    said = [d.text for d in outcome.deviations if d.check == "answer"]
+    assert any(re.search(text, one) for one in said), found(outcome)
+    assert server.encodings == {"identity"}
+
+
+async def test_an_answer_that_never_ends_has_a_deadline(monkeypatch: pytest.MonkeyPatch):
+    async def drip(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+        return response
+
+    monkeypatch.setattr(remote_probe, "ANSWER_SECONDS", 0.3)
+    server = Odd(full)
+    monkeypatch.setattr(server, "_health", drip)
+    async with server as url:
+        with pytest.raises(RolloutError, match=r"no rollout server answers at .*: nothing whole within 0\.3 s"):
+            await check_server(Target(url, "B"))
+
+
+def test_final_messages_that_are_none_are_judged():
+    (single,) = (scenario for scenario in SCENARIOS if scenario.name == "single_turn")
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+    answer = {"role": "assistant", "content": "!"}
+    call = Call(0.1, "/v1/completions", "Bearer k", {"messages": asked}, status=200, message=answer)
+    odd = {"role": "tool", "tool_calls": 5, "tool_call_id": ["x"]}
+    end = {"rollout_id": "r", "status": "COMPLETED", "finish_reason": "stop"}
+    end["final_messages"] = [*asked, {**answer, "tool_calls": ["x", {"id": [1]}]}, odd]  # type: ignore[assignment]
+    played = Played(single, "A", "r", "k", asked, begun=[Begun(200, end)], calls=[call])
+    texts = [d.text for d in judge(played)]
+    assert any("1 tool calls have no answer: [1]" in text for text in texts), texts
+
+
 # The command
 
 
@@ -207,6 +322,8 @@ async def test_what_cannot_be_checked_is_said():
         await check_server(Target("http://127.0.0.1:9", "A"))
     with pytest.raises(ConfigError, match="--only nothing: there is no such scenario"):
         await check_server(Target("http://127.0.0.1:9", "B", only=("nothing",)))
+    with pytest.raises(ConfigError, match="is no address"):
+        await check_server(Target("http://127.0.0.1:99999999", "B"))
     with pytest.raises(RolloutError, match="no rollout server answers"):
         await check_server(Target("http://127.0.0.1:9", "B"))
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deployments.gateway import make_app
 from deployments.routes import remote_rollout as module
 from rollout.access import AccessKey, AccessSettings, hash_key
 from rollout.errors import BusyError, ConflictError, NotFoundError, RefusedError, UnavailableError
+from rollout.remote.failures import RemoteFailure
 from rollout.remote.order import RolloutCounts, RolloutOrder, RolloutTicket
+from rollout.remote.server_rollout import failed
 from rollout.remote.wire import Metrics, RolloutResponse
 
 A: dict[str, Any] = {
@@ -206,3 +211,79 @@ async def test_a_trainers_key_is_needed(backend: Backend, method: str, path: str
         ]
         assert statuses[:2] == [401, 403] and statuses[2] in (200, 202)
         assert (await http.get("/health")).status_code == 200
+        refused = await http.request(method, path, json=body)
+        assert refused.json()["detail"] == "Invalid or missing API key", "as the protocol has it"
+
+
+# Whatever is sent
+
+
+class Echo(Backend):
+    """Keeps each order as the journal would, and answers with what was asked, as a rollout that fails does."""
+
+    async def remote_accept(self, order: RolloutOrder) -> RolloutTicket:
+        assert RolloutOrder.model_validate_json(order.model_dump_json()) == order
+        self.results = [failed(order, RemoteFailure("internal_error", "x"))]
+        return await super().remote_accept(order)
+
+
+# Finite ones are others' work; these are what pydantic's own checks do not see.
+NUMBERS = st.floats() | st.sampled_from([float("nan"), float("inf"), -float("inf")])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | st.text(max_size=20) | st.just("a\ud83d"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", "function", "developer"])},
+    optional={"content": JSON, "tool_calls": JSON, "tool_call_id": JSON, "name": JSON, "w": JSON},
+)
+FIELDS: dict[str, Any] = {
+    "messages": st.lists(MESSAGE, max_size=4) | JSON,
+    "metadata": st.dictionaries(st.text(max_size=5), JSON, max_size=3) | JSON,
+    "completion_params": st.dictionaries(st.text(max_size=5), JSON, max_size=3) | JSON,
+    "sampling_params": st.dictionaries(st.sampled_from(["temperature", "top_p", "stop", "logprobs"]), JSON) | JSON,
+    **dict.fromkeys(("rollout_id", "server_url", "max_turns", "max_tokens_total", "tool_server_url"), JSON),
+    **dict.fromkeys(("callback_api_key", "api_key", "idempotency_key", "tokenizer_name"), JSON),
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    start=st.sampled_from([("/rollout", A), ("/v1/rollout/init", B)]),
+    body=st.lists(st.sampled_from(sorted(FIELDS)), max_size=2, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
+    ),
+)
+def test_no_body_is_answered_with_a_bug(start: tuple[str, dict[str, Any]], body: dict[str, Any]):
+    async def once() -> None:
+        async with client(Echo()) as http:
+            # As a client that escapes nothing would: NaN and lone surrogates included.
+            answer = await http.post(start[0], content=json.dumps({**start[1], **body}).encode())
+            assert answer.status_code in (200, 202, 422), answer.text
+
+    asyncio.run(once())
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+@pytest.mark.parametrize("place", ["messages", "metadata", "completion_params"])
+@pytest.mark.parametrize(("path", "body"), [("/rollout", A), ("/v1/rollout/init", B)])
+async def test_numbers_that_are_none_are_refused_by_their_field(path: str, body: Any, place: str, number: str):
+    held = {"messages": [{"role": "user", "content": [{"w": "HERE"}]}]}.get(place, {"w": ["HERE"]})
+    content = json.dumps({**body, place: held}).replace('"HERE"', number)
+    async with client(Echo()) as http:
+        answer = await http.post(path, content=content)
+    if path == "/rollout" and place == "completion_params":
+        assert answer.status_code == 200, "a field that A does not know"
+        return
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, place), answer.text
+    assert ".w" in answer.json()["error"]["message"] or "w.0" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"null", b"[]", b"{", b'"x"', b"\xff\xfe", b"[" * 40_000, b'{"a":' * 15_000, b"1e999", b"NaN"]
+)
+@pytest.mark.parametrize("path", ["/rollout", "/v1/rollout/init"])
+async def test_no_bytes_are_answered_with_a_bug(path: str, content: bytes):
+    async with client(Echo()) as http:
+        assert (await http.post(path, content=content)).status_code == 422

@@ -135,11 +135,15 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_go_on(
     assert {row["error"] for row in played.rows} == {None}
 
 
-def test_a_version_is_given_once(client):
+def test_a_version_is_given_once_and_the_call_may_be_repeated(client, checkpoint):
     version = client.weights()["version"]
-    assert client.update_weights(MODEL, version + 5).version == version + 5
+    report = client.update_weights(MODEL, version + 5)
+    assert report.version == version + 5
+    assert client.update_weights(MODEL, version + 5) == report, "its first answer may have been lost"
     with pytest.raises(ConflictError, match="is not new"):
-        client.update_weights(MODEL, version + 5)
+        client.update_weights(checkpoint("other", nudged), version + 5)
+    with pytest.raises(ConflictError, match="is not new"):
+        client.update_weights(MODEL, version + 4)
 
 
 def test_a_replica_that_starts_anew_carries_the_current_weights(client, player, tasks, checkpoint, cluster):

@@ -281,6 +281,7 @@ def test_secrets_are_in_no_repr_and_no_message():
             {"type": "error", "error": {"type": "permission_error", "message": "m"}, "request_id": "id"},
         ),
         ("/v1/runs", {"error": {"type": "forbidden", "message": "m", "field": None}}),
+        ("/rollout", {"detail": "m", "error": {"type": "forbidden", "message": "m", "field": None}}),
     ],
 )
 def test_errors_have_the_form_that_the_paths_clients_read(path: str, body: dict[str, Any]):
@@ -291,6 +292,8 @@ def test_forms_of_whole_families():
     assert error_form("//v1/messages/render") == "anthropic"
     assert [error_form(path) for path in ("/v1/models/a", "/tokenize", "/agents/a/v1/models")] == ["openai"] * 3
     assert [error_form(path) for path in ("/v1/messagesx", "/", "/v1/runs/r")] == ["ours"] * 3
+    remote = ("/v1/rollout/init", "/rollout", "/tools", "/platform/health")
+    assert [error_form(path) for path in remote] == ["remote"] * 4
 
 
 # Tokens

@@ -140,6 +140,20 @@ async def test_an_endless_answer_is_cut(monkeypatch: pytest.MonkeyPatch):
         await client(Server(httpx.Response(200, content=b"x" * 2_000))).rollout(A)
 
 
+@pytest.mark.parametrize("coding", ["gzip", "gzip, gzip", "X-Odd"])
+async def test_a_compressed_answer_is_refused_before_a_byte_of_it_is_read(coding: str):
+    read = []
+
+    async def content() -> Any:
+        read.append(True)
+        yield b"\x1f\x8b"
+
+    server = Server(httpx.Response(200, headers={"content-encoding": coding}, content=content()))
+    with pytest.raises(RemoteError, match="POST /rollout compressed, which was not asked for"):
+        await client(server).rollout(A)
+    assert read == [] and server.seen[0].headers["accept-encoding"] == "identity"
+
+
 async def test_tools_are_asked_for_once():
     tools = [{"type": "function", "function": {"name": "add"}}]
     server = Server(httpx.Response(200, json={"tools": tools}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -307,6 +308,31 @@ async def test_what_fails_here_is_told_without_its_words(
     assert response.status == "ERROR" and response.extra_fields["error_category"] == "internal_error"
     assert "hunter2" not in response.model_dump_json()
     assert "hunter2" in caplog.text, "whoever runs the server reads why"
+
+
+@pytest.mark.parametrize("odd", [{"w": float("nan")}, {"w": {1}}, {"content": "a\ud83d"}, {"role": "robot"}])
+@pytest.mark.parametrize("generation", ["A", "B"])
+async def test_a_reply_that_cannot_be_sent_ends_the_rollout_and_not_the_answer(
+    chat: ChatRenderer, odd: dict[str, Any], generation: str
+):
+    class Odd(Plain):
+        async def reply(self, episode: Any) -> list[dict[str, Any]]:
+            return [{"role": "user", "content": "go on", **odd}]
+
+    trainer = ScriptedTrainer(chat, "5" + IM_END, "6" + IM_END)
+    response = await played(chat, trainer, order(generation), Odd)
+    assert response.status == "ERROR" and len(trainer.calls) == 1
+    assert response.extra_fields["error_category"] in ("internal_error", "tokenizer_error")
+    assert "completion_params" not in (response.error_message or "")
+    json.dumps(response.body("B"), allow_nan=False, ensure_ascii=False).encode()
+    assert [message["content"] for message in response.final_messages[:2]] == ["2+3?", "5"]
+
+
+async def test_a_name_of_a_tool_that_is_no_unicode_goes_to_no_trainer(chat: ChatRenderer):
+    trainer = ScriptedTrainer(chat, call("\\ud83d", "{}") + IM_END, "It is 5." + IM_END)
+    response = await played(chat, trainer, order("B"))
+    assert (response.status, len(trainer.calls)) == ("COMPLETED", 2), response.error_message
+    assert response.final_messages[2]["role"] == "tool" and response.final_messages[2]["name"] == "?"
 
 
 async def test_a_rollout_that_is_cancelled_answers_too(chat: ChatRenderer):

@@ -12,8 +12,8 @@ from rollout.errors import EngineTimeout
 from rollout.remote import trainer_client as module
 from rollout.remote.failures import RemoteFailure
 from rollout.remote.hosts import AllowedHosts
-from rollout.remote.trainer_client import TrainerClient
-from rollout.remote.wire import CompletionRequest, RolloutResponse
+from rollout.remote.trainer_client import TrainerBusy, TrainerClient
+from rollout.remote.wire import CompletionRequest, CompletionResponse, RolloutResponse
 
 URL = "http://127.0.0.1:9/base"
 ANSWER = {"id": "c", "choices": [{"message": {"role": "assistant", "content": "5"}}]}
@@ -85,7 +85,16 @@ async def test_an_address_that_is_not_allowed_is_never_called():
     assert failure.error_category == "validation_error" and server.requests == []
 
 
-@pytest.mark.parametrize("trouble", [500, 503, 429, httpx.ReadTimeout(""), httpx.ConnectError("hush")])
+async def test_the_next_address_is_called_where_one_takes_no_connection():
+    async def resolve(host: str, port: int) -> list[str]:
+        return ["::1", "127.0.0.1"]
+
+    server = Server(httpx.ConnectError(""), 200)
+    await server.client(url="http://localhost:9", hosts=AllowedHosts(resolve=resolve)).complete(REQUEST)
+    assert [request.url.host for request in server.requests] == ["::1", "127.0.0.1"] and server.slept == []
+
+
+@pytest.mark.parametrize("trouble", [500, 503, httpx.ReadTimeout(""), httpx.ConnectError("hush")])
 async def test_what_may_pass_is_tried_again_three_times(trouble: Any):
     server = Server(trouble, trouble, trouble, 200)
     assert (await server.client().complete(REQUEST)).id == "c"
@@ -93,21 +102,26 @@ async def test_what_may_pass_is_tried_again_three_times(trouble: Any):
     server = Server(trouble)
     failure = await failure_of(server)
     assert len(server.requests) == 4
-    kinds = {500: "trainer_server_error", 503: "trainer_server_error", 429: "rate_limited"}
-    assert failure.error_category == (kinds[trouble] if isinstance(trouble, int) else "network_error")
+    assert failure.error_category == ("trainer_server_error" if isinstance(trouble, int) else "network_error")
 
 
-async def test_retry_after_is_kept():
-    server = Server(httpx.Response(429, headers={"retry-after": "7"}), 200)
+def busy(after: str) -> httpx.Response:
+    return httpx.Response(429, headers={"retry-after": after})
+
+
+async def test_a_trainer_that_says_when_to_come_again_is_waited_for():
+    server = Server(busy("7"), busy("100000"), 200)
     await server.client().complete(REQUEST)
-    assert server.slept == [7.0]
+    assert server.slept == [7.0, module.CALL_SECONDS]
+    server = Server(busy("7"))
+    assert (await failure_of(server)).error_category == "rate_limited" and len(server.requests) == 4
 
 
-@pytest.mark.parametrize("odd", ["-1", "nan", "Wed, 21 Oct 2026 07:28:00 GMT", "inf"])
-async def test_odd_retry_after(odd: str):
-    server = Server(httpx.Response(429, headers={"retry-after": odd}), 200)
-    await server.client().complete(REQUEST)
-    assert server.slept[0] in (1.0, module.CALL_SECONDS)
+@pytest.mark.parametrize("odd", ["", "-1", "nan", "Wed, 21 Oct 2026 07:28:00 GMT", "inf", "1e3"])
+async def test_a_429_that_does_not_say_when_is_a_refusal_like_any_other(odd: str):
+    server = Server(busy(odd), 200)
+    failure = await failure_of(server)
+    assert failure.error_category == "rate_limited" and (len(server.requests), server.slept) == (1, [])
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 413, 422])
@@ -172,3 +186,42 @@ async def test_the_callback_is_tried_twice_again():
     assert [request.url.path for request in server.requests] == ["/base/v1/rollout/completed"] * 3
     with pytest.raises(RemoteFailure):
         await Server(500).client("B").completed(DONE)
+
+
+@pytest.mark.parametrize(("after", "slept"), [("2", [2.0]), ("300", None), ("", None)])
+async def test_the_callback_does_not_wait_long_itself(after: str, slept: list[float] | None):
+    server = Server(busy(after), 200)
+    if slept is not None:
+        await server.client("B").completed(DONE)
+        assert server.slept == slept
+        return
+    with pytest.raises(TrainerBusy) as caught:
+        await server.client("B").completed(DONE)
+    assert caught.value.after == (300.0 if after else None) and server.slept == []
+
+
+async def test_a_trainer_that_stalls_has_one_deadline_for_all_repetitions_of_the_callback(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(module, "COMPLETED_SECONDS", 0.05)
+
+    async def stall(_: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    client = TrainerClient(URL, "B", AllowedHosts(), transport=httpx.MockTransport(stall))
+    with pytest.raises(RemoteFailure) as caught:
+        async with asyncio.timeout(0.5):
+            await client.completed(DONE)
+    assert caught.value.error_category == "network_error"
+
+
+async def test_what_no_json_reader_takes_is_not_sent():
+    odd = CompletionResponse.model_validate(ANSWER).choices[0].message | {"w": float("nan")}
+    server = Server(200)
+    with pytest.raises(RemoteFailure, match="JSON") as caught:
+        await server.client("B").completed(RolloutResponse(rollout_id="r", status="COMPLETED", final_messages=[odd]))
+    assert caught.value.error_category == "internal_error" and server.requests == []
+    content = b'{"id": "c", "choices": [{"message": {"role": "assistant", "content": [{"w": 1e999}]}}]}'
+    failure = await failure_of(Server(httpx.Response(200, content=content)))
+    assert failure.error_category == "trainer_error" and "choices.0" in str(failure)

@@ -92,6 +92,30 @@ def test_messages_stay_exactly_as_they_came_and_other_unknown_fields_are_dropped
     assert "shiny" not in request.model_dump()
 
 
+NAN, INF = float("nan"), float("inf")
+NO_JSON: list[Any] = [NAN, INF, -INF, "a\ud83d", [[NAN]], {"x": {"y": [1, INF]}}, {"\udc00": 1}]
+
+
+@pytest.mark.parametrize("value", NO_JSON)
+def test_what_comes_back_to_a_peer_is_json_that_every_reader_takes(value: Any):
+    for message in ({"w": value}, {"content": [{"type": "text", "text": "x", "w": value}]}):
+        messages = [*USER, {"role": "user", "content": "x", **message}]
+        assert fields_refused(RolloutRequest, **{**A, "messages": messages}) == {"messages"}
+        assert fields_refused(InitRequest, **{**B, "messages": messages}) == {"messages"}
+        assert fields_refused(CompletionRequest, rollout_id="r", messages=messages) == {"messages"}
+        choice = {"message": {"role": "assistant", "content": "5", **message}}
+        assert fields_refused(CompletionResponse, id="c", choices=[choice]) == {"choices"}
+    assert fields_refused(RolloutRequest, **{**A, "metadata": {"w": value}}) == {"metadata"}
+    assert fields_refused(InitRequest, **{**B, "metadata": {"w": value}}) == {"metadata"}
+    assert fields_refused(InitRequest, **{**B, "completion_params": {"w": value}}) == {"completion_params"}
+
+
+def test_the_place_of_what_is_no_json_is_named():
+    body = b'{"rollout_id": "r", "server_url": "http://t", "messages": [{"role": "user", "content": [{"w": 1e999}]}]}'
+    with pytest.raises(ValidationError, match=r"0\.content\.0\.w: is inf"):
+        RolloutRequest.model_validate_json(body)
+
+
 def test_keys_are_in_no_repr():
     assert "hush" not in repr(RolloutRequest.model_validate({**A, "callback_api_key": "hush"}))
     order = RolloutOrder.of(InitRequest.model_validate({**B, "api_key": "hush"}))
@@ -144,3 +168,5 @@ def test_two_orders_have_one_digest_if_they_ask_for_the_same():
     assert one.digest() == same.digest() != other.digest()
     assert RolloutOrder.model_validate_json(one.model_dump_json()).digest() == one.digest()
     assert RolloutOrder.of(RolloutRequest.model_validate(A)).digest() != one.digest()
+    keyed = RolloutOrder.of(InitRequest.model_validate({**B, "metadata": {"a": 1, "b": 2}, "api_key": "k"}))
+    assert keyed.digest() == one.digest(), "a trainer may make a key for each attempt"
