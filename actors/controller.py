@@ -125,8 +125,8 @@ class Controller:
             self._engine = await self._pool.connect()
         self._store.recover(self._recovered)
         self._weights = await self._keep_weights()
-        self._loops = [asyncio.create_task(w) for w in (self._expire(), self._weights.keep(), self._lag.watch())]
         await self._remote.begin(self._recovered_remote)
+        self._loops = [asyncio.create_task(w) for w in (self._expire(), self._weights.keep(), self._lag.watch())]
         self._ready.set()
         self._dispatch()
         return self._engine

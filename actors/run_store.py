@@ -98,11 +98,15 @@ class RunStore:
         """Policy version of the current weights."""
         self.failure: JournalError | None = None
         """Why nothing is accepted any more."""
+        self._recovered = False
         self._next_block = 0
         self._background: set[asyncio.Task[None]] = set()
 
     def recover(self, found: records.Recovered) -> None:
-        """Take up what the journal has. Called once, before anything else, on the event loop."""
+        """Take up what the journal has, before anything else, on the event loop. A second call does nothing."""
+        if self._recovered:
+            return
+        self._recovered = True
         self.version = found.version
         for old in found.runs.values():
             run = self.open(old.run, old.request, old.first_version)

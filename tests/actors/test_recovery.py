@@ -89,6 +89,20 @@ async def test_paused_and_cancelled_runs_stay_so(tmp_path: Path):
     await after.close()
 
 
+async def test_taking_up_the_journal_twice_changes_nothing(tmp_path: Path):
+    """A controller that comes back may need several attempts to reach its engines."""
+    before = Service(tmp_path / "j.sqlite")
+    await before.runs.create(RunRequest(name="r"))
+    await before.runs.submit("r", tasks(3))
+    await before.finish(before.start()[:2])
+    abandon(before)
+    after = Service(tmp_path / "j.sqlite")
+    run = after.store.run("r")
+    after.store.recover(records.recover(after.journal))
+    assert after.store.run("r") is run and len(after.start()) == 4
+    await after.close()
+
+
 async def test_complete_groups_beyond_the_target_are_kept(tmp_path: Path):
     before = Service(tmp_path / "j.sqlite")
     await before.runs.create(RunRequest(name="r", target_groups=2))
