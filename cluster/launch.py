@@ -32,6 +32,9 @@ from rollout.errors import RolloutError
 from rollout.logs import DIRECTORY_VARIABLE
 
 RAY_START_SECONDS = 60.0
+# How often Ray's processes hand on their record of every actor call; 0: there is none. With it, under half an hour of
+# load, Ray's GCS grew by 400 MiB an hour and Serve's controller by 600; without it neither grew.
+TASK_EVENTS = "RAY_task_events_report_interval_ms"
 
 
 def up(
@@ -241,6 +244,7 @@ def _node_environment(config: ClusterConfig, cluster_id: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        TASK_EVENTS: os.environ.get(TASK_EVENTS, "0"),
         # Not the number of cores, which Ray would set from a task's CPU share.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
