@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from actors.remote_service import RemoteService
 from actors.run_service import RunService
 from actors.run_store import RunStore
 from actors.scheduler import Assignment, Scheduler
-from actors.unattended import to_the_end, until_done
+from actors.unattended import ask_oneself, repeatedly, to_the_end, until_done
 from actors.viewer import Viewer
 from actors.weight_keeper import WeightKeeper
 from actors.worker_pool import WorkerPool
@@ -106,10 +107,11 @@ class Controller:
         self._ready = asyncio.Event()
         self._lag = LoopLag()
         self._board = BoardReader(ray.get_runtime_context().namespace)
+        self._coming_back = threading.Event()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._metrics.died("controller")
             # Nobody calls spawn_workers and connect a second time.
-            ray.get_runtime_context().current_actor.come_back.remote()
+            ask_oneself(ray.get_runtime_context().current_actor.come_back.remote, self._coming_back)
 
     # Start and end
 
@@ -126,15 +128,19 @@ class Controller:
         self._store.recover(self._recovered)
         self._weights = await self._keep_weights()
         await self._remote.begin(self._recovered_remote)
-        self._loops = [asyncio.create_task(w) for w in (self._expire(), self._weights.keep(), self._lag.watch())]
+        # Whatever fails, leases of trainers that died must come back.
+        expiring = repeatedly(EXPIRE_S, "ending what is overdue", self._expire)
+        self._loops = [asyncio.create_task(w) for w in (expiring, self._weights.keep(), self._lag.watch())]
         self._ready.set()
         self._dispatch()
         return self._engine
 
     async def come_back(self) -> None:
         """After a death: everything that `rollout up` would ask for. With a node gone, it may take some attempts."""
-        logger.warning("the controller was started again; %d runs are in the journal", len(self._recovered.runs))
-        await until_done("taking up the work again", self._come_back)
+        if not self._coming_back.is_set():
+            self._coming_back.set()
+            logger.warning("the controller was started again; %d runs are in the journal", len(self._recovered.runs))
+            await until_done("taking up the work again", self._come_back)
 
     async def _come_back(self) -> None:
         if self._engine is None:
@@ -439,11 +445,5 @@ class Controller:
         await self._store.give_up(assignments, "error", failure)
 
     async def _expire(self) -> None:
-        while True:
-            await asyncio.sleep(EXPIRE_S)
-            try:
-                self._delivery.expire(time.time())
-                await self._capture.expire()
-            except Exception:
-                # Whatever it was, leases of trainers that died must come back.
-                logger.exception("what is overdue could not be ended; it is tried again")
+        self._delivery.expire(time.time())
+        await self._capture.expire()

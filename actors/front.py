@@ -17,12 +17,14 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.front_config import SLOTS, FrontSettings, Slots, config_text
+from actors.unattended import ask_oneself
 from rollout import logs
 from rollout.errors import RolloutError
 
@@ -60,10 +62,11 @@ class Front:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path(settings.folder) / "front.log"
         self._keeping: asyncio.Task[None] | None = None
+        self._resumed = threading.Event()
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:
             # Nobody calls start a second time.
-            context.current_actor.resume.remote()
+            ask_oneself(context.current_actor.resume.remote, self._resumed)
 
     async def start(self) -> None:
         """Listen. Raises RolloutError with HAProxy's words, such as that the port is taken."""
@@ -72,6 +75,7 @@ class Front:
 
     async def resume(self) -> None:
         """Listen as soon as it can be done, and go on listening."""
+        self._resumed.set()
         if self._keeping is None:
             self._keeping = asyncio.get_running_loop().create_task(self._keep())
 

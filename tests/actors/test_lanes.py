@@ -415,9 +415,9 @@ async def test_in_any_disorder_every_call_is_answered_exactly_once(seed: int):
     remote.stream.put_nowait(END)
     async with asyncio.timeout(5):
         await asyncio.gather(*tasks.values(), return_exceptions=True)
-    # A task that was cancelled before its first step never called.
+    # Of the 20 that were cancelled, those that still slept never called.
     assert {name: found for name, found in answers.items() if len(found) != 1} == {}
-    assert len(answers) >= 140
+    assert len(answers) >= len(names) - 20
     found = {outcome for (outcome,) in answers.values()}
     assert {"answered", "refused", "timeout", "broken"} <= found <= {
         "answered", "refused", "timeout", "broken", "cancelled",

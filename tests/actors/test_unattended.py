@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from actors import unattended
 from actors.controller import Controller
-from actors.unattended import to_the_end, until_done
+from actors.unattended import ask_oneself, repeatedly, to_the_end, until_done
 from rollout.api import RunRequest
 from rollout.errors import EngineTimeout
 from tests.actors.service import Service, tasks
@@ -111,7 +112,49 @@ async def test_a_controller_that_cannot_come_back_at_once_tries_again(monkeypatc
             raise EngineTimeout("the node is gone, and another not there yet")
         made._engine = "engine"  # type: ignore[assignment]
 
-    made = controller(_engine=None, _recovered=SimpleNamespace(runs={}), spawn_workers=spawn_workers, connect=connect)
+    made = controller(
+        _engine=None,
+        _coming_back=threading.Event(),
+        _recovered=SimpleNamespace(runs={}),
+        spawn_workers=spawn_workers,
+        connect=connect,
+    )
     async with asyncio.timeout(5):
         await made.come_back()
-    assert calls == ["spawn", "connect"] * 3
+        assert calls == ["spawn", "connect"] * 3
+        await made.come_back()
+    assert calls == ["spawn", "connect"] * 3, "it was asked twice"
+
+
+async def test_what_fails_is_done_again_at_its_next_time(caplog: pytest.LogCaptureFixture):
+    times: list[int] = []
+
+    async def work() -> None:
+        times.append(len(times))
+        if len(times) == 1:
+            raise ValueError("once")
+
+    task = asyncio.create_task(repeatedly(0.001, "ending what is overdue", work))
+    async with asyncio.timeout(5):
+        while len(times) < 3:
+            await asyncio.sleep(0.001)
+    task.cancel()
+    assert "ending what is overdue failed" in caplog.text
+
+
+def test_a_call_to_oneself_that_is_lost_is_repeated_until_it_is_heard(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(unattended, "UNHEARD_S", 0.01)
+    heard = threading.Event()
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            heard.set()
+
+    ask_oneself(call, heard)
+    assert heard.wait(5)
+    thread = next((t for t in threading.enumerate() if t.name == "ask-oneself"), None)
+    if thread is not None:
+        thread.join(5)
+    assert len(calls) == 3
