@@ -109,7 +109,10 @@ class RolloutEngine(LLMServer):
         self._loading = _reporter(llm_config, loading_board)
         try:
             self._fetched = await _fetch(fetch, self._loading)
-            await super().__init__(llm_config)
+            # Serve asks its own logger for its file when its controller was started again, and stops each replica
+            # that cannot say: one death of that controller would end all engines.
+            with logs.kept_handlers("ray.serve"):
+                await super().__init__(llm_config)
             # The engine's own label must be a number from the first token on; vLLM calls it "default".
             await self._client.update_weight_version(str(self._version))
             self._updater = ReplicaUpdater(

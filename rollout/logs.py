@@ -18,9 +18,11 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
+from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -110,6 +112,22 @@ def install(settings: LogSettings | None, component: str, instance: str = "", st
 def uninstall() -> None:
     """Undo `install`. Does nothing if it was not called."""
     _installed.end()
+
+
+@contextmanager
+def kept_handlers(name: str) -> Iterator[None]:
+    """The handlers of logger `name` that hand their records on to another still do so afterwards.
+
+    `logging.config.dictConfig`, which vLLM calls when it makes an engine, closes all handlers of the process. A file
+    opens again with its next record; a MemoryHandler has no target any more.
+    """
+    held = [(h, h.target) for h in logging.getLogger(name).handlers if isinstance(h, MemoryHandler)]
+    try:
+        yield
+    finally:
+        for handler, target in held:
+            if handler.target is None:
+                handler.setTarget(target)
 
 
 def log_files(directory: Path | str) -> list[Path]:

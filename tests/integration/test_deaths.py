@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 
 import psutil
@@ -73,6 +74,22 @@ def test_a_killed_session_worker(player, tasks, cluster):
 def test_a_killed_engine_replica(player, tasks, cluster):
     played = play_with_a_kill(player, tasks, cluster, "ServeReplica:engine")
     assert_nothing_lost(played, tasks)
+
+
+def test_a_killed_controller_of_serve_ends_no_replica(player, tasks, cluster):
+    before = {
+        name: [p.pid for p in processes_called(cluster, f"ServeReplica:{name}")] for name in ("engine", "gateway")
+    }
+    played = play_with_a_kill(player, tasks, cluster, "ray::ServeController")
+    assert_nothing_lost(played, tasks)
+    # It looks at the replicas that it finds as soon as it is there, and at their health every few seconds.
+    deadline = time.monotonic() + 60
+    while not processes_called(cluster, "ray::ServeController") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(5)
+    after = {name: [p.pid for p in processes_called(cluster, f"ServeReplica:{name}")] for name in before}
+    assert after == before
+    assert all(len(pids) == 1 for pids in before.values())
 
 
 @pytest.mark.slow

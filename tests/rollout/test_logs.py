@@ -6,11 +6,13 @@ import asyncio
 import io
 import json
 import logging
+import logging.config
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,21 @@ def test_names_of_components_become_plain_file_names(tmp_path: Path):
     install(settings(tmp_path), "engine", "../../x#Y z")
     (path,) = log_files(tmp_path)
     assert path.name.startswith("engine-x-Y-z.")
+
+
+def test_a_handler_that_buffers_for_a_file_survives_a_configuration_of_logging(tmp_path: Path):
+    path = tmp_path / "serve.log"
+    logger = logging.getLogger("test.kept")
+    logger.propagate = False
+    handler = MemoryHandler(1, target=logging.FileHandler(path))
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match="within"), logs.kept_handlers("test.kept"):
+            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+            assert handler.target is None
+            raise ValueError("within")
+        logger.error("after it")
+        assert path.read_text() == "after it\n"
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
