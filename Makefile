@@ -2,6 +2,9 @@
 .DELETE_ON_ERROR:
 .PHONY: demo learn test test-slow lint bench clean help
 
+# Containers often set it. Without bytecode every process of a cluster compiles vLLM and torch anew: 20 s of CPU each.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready

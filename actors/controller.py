@@ -7,6 +7,7 @@ session workers, and goes on; trainers see a pause.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
@@ -22,6 +23,7 @@ from actors.capture_service import CaptureService
 from actors.delivery import Delivery
 from actors.engine_client import EngineInfo
 from actors.gallery import Gallery
+from actors.gate import Gate
 from actors.journal import Journal
 from actors.loading_board import BoardReader
 from actors.loop_lag import LoopLag
@@ -59,7 +61,7 @@ from rollout.weights import WeightReport, WeightSource
 
 logger = logging.getLogger(__name__)
 
-# How often leases are looked through for expired ones.
+# How often leases are looked through for expired ones, whatever failed before: those of dead trainers must come back.
 EXPIRE_S = 0.5
 # Without a figure that moves: what shows it again and again shows it once.
 STARTING = "the cluster is starting and not ready yet; GET /v1/loading/progress says how far its engines are"
@@ -104,7 +106,10 @@ class Controller:
         self._agents = AgentBook(self._store, self._recovered.agents)
         self._engine: EngineInfo | None = None
         self._loops: list[asyncio.Task[None]] = []
-        self._ready = asyncio.Event()
+        gate = functools.partial(Gate, settings.start_timeout, lambda: self._pool.failure)
+        self._open = gate("did not read its journal")
+        """Before trainers: they are answered once the journal is read, whether there are engines or not."""
+        self._ready = gate("did not become ready; are the engines running?")
         self._lag = LoopLag()
         self._board = BoardReader(ray.get_runtime_context().namespace)
         self._coming_back = threading.Event()
@@ -122,16 +127,14 @@ class Controller:
         return renderer
 
     async def connect(self) -> EngineInfo:
-        """Connect to the engines, take up what the journal has, and begin. Raises EngineTimeout."""
+        """Take up what the journal has, connect to the engines, and begin. Raises EngineTimeout."""
+        self._take_up()
         if self._engine is None:
             self._engine = await self._pool.connect()
-        self._store.recover(self._recovered)
         self._weights = await self._keep_weights()
         await self._remote.begin(self._recovered_remote)
-        # Whatever fails, leases of trainers that died must come back.
-        expiring = repeatedly(EXPIRE_S, "ending what is overdue", self._expire)
-        self._loops = [asyncio.create_task(w) for w in (expiring, self._weights.keep(), self._lag.watch())]
-        self._ready.set()
+        self._loops.append(asyncio.create_task(self._weights.keep()))
+        self._ready.open()
         self._dispatch()
         return self._engine
 
@@ -140,7 +143,16 @@ class Controller:
         if not self._coming_back.is_set():
             self._coming_back.set()
             logger.warning("the controller was started again; %d runs are in the journal", len(self._recovered.runs))
+            self._take_up()
             await until_done("taking up the work again", self._come_back)
+
+    def _take_up(self) -> None:
+        if self._open.is_open:
+            return
+        self._store.recover(self._recovered)
+        expiring = repeatedly(EXPIRE_S, "ending what is overdue", self._expire)
+        self._loops = [asyncio.create_task(work) for work in (expiring, self._lag.watch())]
+        self._open.open()
 
     async def _come_back(self) -> None:
         if self._engine is None:
@@ -167,27 +179,27 @@ class Controller:
 
     async def create_run(self, request: RunRequest) -> RunInfo:
         """A new run."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._service.create(request))
 
     async def submit(self, run: str, tasks: Sequence[Task]) -> Submitted:
         """Tasks for a run."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._service.submit(run, tasks))
 
     async def pause(self, run: str, paused: bool = True) -> RunInfo:
         """Hold a run back, or let it go on."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._service.pause(run, paused))
 
     async def cancel(self, run: str) -> RunInfo:
         """End a run."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._service.cancel(run))
 
     async def forget(self, run: str) -> None:
         """Drop a run with all it has."""
-        await self._until_ready()
+        await self._open.passed()
         await to_the_end(self._forget(run))
 
     async def _forget(self, run: str) -> None:
@@ -199,79 +211,79 @@ class Controller:
 
     async def run_info(self, run: str) -> RunInfo:
         """A run at this moment."""
-        await self._until_ready()
+        await self._open.passed()
         return self._told(self._service.info(run))
 
     async def runs(self) -> list[RunInfo]:
         """All runs."""
-        await self._until_ready()
+        await self._open.passed()
         return [self._told(info) for info in self._service.runs()]
 
     async def watch(self, run: str, timeout: float) -> RunInfo:
         """A run after its next change."""
-        await self._until_ready()
+        await self._open.passed()
         return self._told(await self._service.watch(run, timeout))
 
     # Batches (see Delivery)
 
     async def lease(self, run: str, request: LeaseRequest) -> Batch | NoBatch:
         """The next batch."""
-        await self._until_ready()
+        await self._open.passed()
         return await self._delivery.lease(run, request)
 
     async def fetch(self, lease_id: str) -> Batch:
         """A leased batch once more."""
-        await self._until_ready()
+        await self._open.passed()
         return await self._delivery.fetch(lease_id)
 
     async def acknowledge(self, lease_id: str) -> Acknowledged:
         """A batch is trained on."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._delivery.acknowledge(lease_id))
 
     async def extend(self, lease_id: str, ttl: float) -> float:
         """More time for a batch."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._delivery.extend(lease_id, ttl))
 
     async def release(self, lease_id: str) -> None:
         """Give a batch back."""
-        await self._until_ready()
+        await self._open.passed()
         await to_the_end(self._delivery.release(lease_id))
 
     # Captured sessions (see CaptureService)
 
     async def open_session(self, run: str, task: Task | None, limits: CaptureLimits | None) -> OpenedSession:
         """An address for one black-box agent."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._capture.open(run, task, limits))
 
     async def session_info(self, session: str) -> CapturedSession:
         """A session at this moment."""
-        await self._until_ready()
+        await self._open.passed()
         return self._capture.info(session)
 
     async def reward_session(
         self, session: str, reward: float | None, turn_rewards: dict[str, float] | None
     ) -> CapturedSession:
         """Score a session."""
-        await self._until_ready()
+        await self._open.passed()
         await self._capture.reward(session, reward, turn_rewards)
         return self._capture.info(session)
 
     async def close_session(self, session: str, cancel: bool) -> CapturedSession:
         """Turn its calls into a trajectory."""
-        await self._until_ready()
+        await self._open.passed()
         return await to_the_end(self._capture.close(session, cancel=cancel))
 
     async def begin_call(self, session: str, request_id: str) -> None:
         """An engine is about to serve a session's request."""
-        await self._until_ready()
+        await self._open.passed()
         self._capture.begin(session, request_id)
 
     async def end_call(self, session: str, request_id: str, calls: list[CapturedCall], lost: bool) -> None:
         """An engine has served it."""
-        await self._until_ready()
+        await self._open.passed()
         self._capture.end(session, request_id, calls, lost)
         self._metrics.captured(len(calls), lost)
 
@@ -301,7 +313,7 @@ class Controller:
 
     async def remote_rollout(self, ask: Literal["accept", "result", "tools", "counts"], *arguments: Any) -> Any:
         """One of RemoteService's operations."""
-        await self._until_ready()
+        await self._ready.passed()
         try:
             work = getattr(self._remote, ask)(*arguments)
             return await (to_the_end(work) if ask == "accept" else work)
@@ -314,13 +326,13 @@ class Controller:
 
     async def update_weights(self, source: WeightSource, version: int | None = None) -> WeightReport:
         """Bring new weights to all engines."""
-        await self._until_ready()
+        await self._ready.passed()
         assert self._weights is not None
         return await to_the_end(self._weights.update(source, version))
 
     async def weights(self) -> dict[str, Any]:
         """Version, source and replicas, as plain data."""
-        await self._until_ready()
+        await self._ready.passed()
         assert self._weights is not None
         keeper = self._weights
         return {
@@ -338,23 +350,23 @@ class Controller:
 
     async def look(self, what: str, *arguments: Any) -> Any:
         """`weights`, `runs` or one of Viewer's at once. Raises UnavailableError where the others wait."""
-        if not self._ready.is_set():
+        if not self._ready.is_open:
             raise UnavailableError(STARTING)
         return await getattr(self, what)(*arguments)
 
     async def trajectories(self, run: str | None, query: TrajectoryQuery) -> TrajectoryPage:
         """A page of the recent trajectories."""
-        await self._until_ready()
+        await self._open.passed()
         return await self._viewer.trajectories(run, query)
 
     async def trajectory(self, trajectory_id: str) -> TrajectoryRows:
         """One of them, whole."""
-        await self._until_ready()
+        await self._open.passed()
         return await self._viewer.trajectory(trajectory_id)
 
     async def history(self, run: str) -> History:
         """The course of a run."""
-        await self._until_ready()
+        await self._open.passed()
         return await self._viewer.history(run)
 
     async def status(self) -> dict[str, Any]:
@@ -362,7 +374,7 @@ class Controller:
         weights = self._weights
         return {
             "uptime_s": time.time() - self._started_at,
-            "ready": self._ready.is_set(),
+            "ready": self._ready.is_open,
             "engine": self._engine,
             "policy_version": self._store.version,
             "replicas": weights.replicas.status() if weights is not None else {},
@@ -386,7 +398,7 @@ class Controller:
             workers=self._pool.stats,
             lag=self._lag,
             started_at=self._started_at,
-            ready=self._ready.is_set(),
+            ready=self._ready.is_open,
             replicas=self._weights.replicas if self._weights is not None else None,
             capture=self._capture.states,
             remote=self._remote.counts,
@@ -399,17 +411,6 @@ class Controller:
         return self._pool.handles
 
     # Inside
-
-    async def _until_ready(self) -> None:
-        """Callers wait while it comes up, or comes back. Raises UnavailableError, or what ended it."""
-        if not self._ready.is_set():
-            try:
-                async with asyncio.timeout(self._settings.start_timeout):
-                    await self._ready.wait()
-            except TimeoutError:
-                raise UnavailableError("the controller did not become ready; are the engines running?") from None
-        if self._pool.failure is not None:
-            raise RolloutError(f"the controller failed: {self._pool.failure!r}")
 
     async def _keep_weights(self) -> WeightKeeper:
         from ray import serve

@@ -13,6 +13,7 @@ import pytest
 
 from actors import unattended
 from actors.controller import Controller
+from actors.gate import Gate
 from actors.unattended import ask_oneself, repeatedly, to_the_end, until_done
 from rollout.api import RunRequest
 from rollout.errors import EngineTimeout
@@ -72,8 +73,10 @@ async def test_attempts_are_repeated_and_each_failure_is_told(
 def controller(**parts: Any) -> Controller:
     """A controller without its Ray."""
     made = object.__new__(Controller)
-    made._ready = asyncio.Event()
-    made._ready.set()
+    for name in ("_open", "_ready"):
+        gate = Gate(5.0, lambda: None, "is late")
+        gate.open()
+        setattr(made, name, gate)
     made._pool = SimpleNamespace(failure=None)  # type: ignore[assignment]
     for name, part in parts.items():
         setattr(made, name, part)

@@ -146,9 +146,18 @@ def test_a_version_is_given_once_and_the_call_may_be_repeated(client, checkpoint
         client.update_weights(MODEL, version + 4)
 
 
-def test_a_replica_that_starts_anew_carries_the_current_weights(client, player, tasks, checkpoint, cluster):
+def test_a_replica_that_starts_anew_carries_the_current_weights(
+    client, http_client, player, tasks, checkpoint, cluster
+):
+    """The controller dies with it: trainers are answered as soon as it is back, long before there is an engine."""
     report = client.update_weights(checkpoint("again", nudged))
-    os.kill(processes_called(cluster, "ServeReplica:engine")[0].pid, signal.SIGKILL)
+    for name in ("ServeReplica:engine", "ray::Controller"):
+        os.kill(processes_called(cluster, name)[0].pid, signal.SIGKILL)
+    run = http_client.create_run(group_size=1).run
+    assert http_client.submit(run, tasks[:1]).accepted == 1
+    assert isinstance(http_client.lease(run, 1, timeout=0.1), NoBatch)
+    assert httpx.get(f"{cluster.gateway}/ready").status_code == 503
+    http_client.forget(run)
     played = player.play(tasks[:8], group_size=4)
     versions = {v for row in played.rows for v in row["policy_versions"] if v >= 0}
     assert versions == {report.version}
