@@ -56,6 +56,8 @@ class Front:
         self._settings = settings
         self._controller = controller
         self._namespace = namespace
+        self._asked: Any = None
+        """The controller's handle; None: to be looked up."""
         self._slots = Slots()
         # Whether HAProxy knows what the slots say. A command that failed may have been done or not.
         self._in_step = True
@@ -131,13 +133,16 @@ class Front:
                 await self._tell(changes if self._in_step else self._slots.all_commands())
             except Exception as failure:
                 # The controller may be on its way back; what HAProxy knows stays.
+                self._asked = None
                 logger.warning("the front could not learn of its engines: %r", failure)
             await asyncio.sleep(ASK_S)
 
     async def _ask(self) -> list[str]:
-        handle: Any = ray.get_actor(self._controller, self._namespace)
+        if self._asked is None:
+            # Once: each look costs Ray's GCS a call.
+            self._asked = ray.get_actor(self._controller, self._namespace)
         async with asyncio.timeout(ASK_TIMEOUT_S):
-            found: list[str] = await handle.serving.remote()
+            found: list[str] = await self._asked.serving.remote()
         # A fleet may have more engines than HAProxy has places. Rollouts use them all; HTTP these.
         return sorted(found)[:SLOTS]
 
