@@ -105,7 +105,7 @@ class Watch:
 
 def main(
     minutes: Annotated[float, typer.Option(min=1, help="How long.")] = 30.0,
-    out: Annotated[Path, typer.Option(help="Where summary.json goes.")] = Path("out/soak"),
+    out: Annotated[Path, typer.Option(help="Where summary.json and memory.json go.")] = Path("out/soak"),
 ) -> None:
     """Run the soak. Exits with 1 where something was lost, failed or grew."""
     from cluster import launch
@@ -137,6 +137,7 @@ def main(
     problems = _problems(summary)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "memory.json").write_text(json.dumps(_courses(watch.lives)) + "\n")
     console.print(_table(summary))
     console.print("\n".join(problems) or f"flat, and nothing lost; written to {out}/summary.json")
     raise typer.Exit(1 if problems else 0)
@@ -223,6 +224,15 @@ def _memory(lives: dict[tuple[int, float], Life]) -> dict[str, Any]:
         }
         for name, of in sorted(by_kind.items())
     }
+
+
+def _courses(lives: dict[tuple[int, float], Life]) -> list[dict[str, Any]]:
+    """Every process's samples: a slope does not tell a leak from a step, such as an import."""
+    found = []
+    for (pid, _), life in lives.items():
+        seconds, sizes = [round(t) for t in life.times], [round(mb) for mb in life.mb]
+        found.append({"name": life.name, "pid": pid, "seconds": seconds, "mb": sizes})
+    return found
 
 
 def _problems(summary: dict[str, Any]) -> list[str]:

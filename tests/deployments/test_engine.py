@@ -6,6 +6,7 @@ vLLM's AsyncLLM is a double here (named so); tests/integration has the real one.
 from __future__ import annotations
 
 import asyncio
+import pickle
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +271,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(download_room, "TELL_EVERY_S", 0.0)
     monkeypatch.setattr("huggingface_hub.snapshot_download", made)
     return made
+
+
+async def test_a_dead_engine_is_told_without_an_exception_of_vllm(replica: RolloutEngine):
+    """Serve's controller reads it, and would import vLLM for that."""
+
+    class Dead:
+        async def check_health(self) -> None:
+            raise EngineDeadError()
+
+    replica.engine = Dead()
+    with pytest.raises(EngineDied, match=r"^EngineDeadError: EngineCore encountered an issue") as told:
+        await replica.check_health()
+    assert b"vllm" not in pickle.dumps(told.value)
 
 
 async def start(model: str, **engine_kwargs: Any) -> RolloutEngine:
