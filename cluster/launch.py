@@ -33,7 +33,7 @@ from rollout.logs import DIRECTORY_VARIABLE
 
 RAY_START_SECONDS = 60.0
 # How often Ray's processes hand on their record of every actor call; 0: there is none. With it, under half an hour of
-# load, Ray's GCS grew by 400 MiB an hour and Serve's controller by 600; without it neither grew.
+# load, Ray's GCS grew by 400 MiB an hour; without it, by 1.
 TASK_EVENTS = "RAY_task_events_report_interval_ms"
 # Seconds between two looks of Serve's controller at its replicas. At Serve's own 0.1 it takes 10 % of a core, and
 # Ray's GCS 6 % more, of a machine whose engine has two.
