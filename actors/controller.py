@@ -143,7 +143,6 @@ class Controller:
         if not self._coming_back.is_set():
             self._coming_back.set()
             logger.warning("the controller was started again; %d runs are in the journal", len(self._recovered.runs))
-            self._take_up()
             await until_done("taking up the work again", self._come_back)
 
     def _take_up(self) -> None:
@@ -155,6 +154,7 @@ class Controller:
         self._open.open()
 
     async def _come_back(self) -> None:
+        self._take_up()
         if self._engine is None:
             await self.spawn_workers()
         await self.connect()
@@ -349,7 +349,7 @@ class Controller:
     # Looking (see Viewer)
 
     async def look(self, what: str, *arguments: Any) -> Any:
-        """`weights`, `runs` or one of Viewer's at once. Raises UnavailableError where the others wait."""
+        """`weights`, `runs` or one of Viewer's at once. Raises UnavailableError until engines are there."""
         if not self._ready.is_open:
             raise UnavailableError(STARTING)
         return await getattr(self, what)(*arguments)

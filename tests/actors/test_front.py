@@ -7,7 +7,6 @@ import json
 import shutil
 import socket
 import sys
-import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -491,21 +490,21 @@ async def test_a_front_that_comes_back_tries_until_the_port_is_free(folder: str)
 
 
 async def test_a_reconstructed_actor_resumes_by_itself(folder: str, monkeypatch: pytest.MonkeyPatch):
-    called, resumed = [], threading.Event()
+    called: list[str] = []
 
     def resume() -> None:
         # The first call is lost.
         called.append("resume")
         if len(called) == 2:
             made._resumed.set()
-            resumed.set()
 
     monkeypatch.setattr(unattended, "UNHEARD_S", 0.1)
     actor = SimpleNamespace(resume=SimpleNamespace(remote=resume))
     context = SimpleNamespace(was_current_actor_reconstructed=True, current_actor=actor)
     monkeypatch.setattr(front.ray, "get_runtime_context", lambda: context)
     made = Front(FrontSettings("127.0.0.1", 1, "127.0.0.1:1", folder), "controller")
-    assert resumed.wait(5)
+    assert made._resumed.wait(5)
+    assert called == ["resume", "resume"]
 
 
 async def test_stopping_frees_the_address_and_starting_again_takes_it(folder: str):

@@ -377,8 +377,8 @@ async def test_in_any_disorder_every_call_is_answered_exactly_once(seed: int):
     answers: dict[str, list[str]] = {}
 
     async def one(name: str) -> None:
-        await asyncio.sleep(rng.uniform(0, 0.03))
         try:
+            await asyncio.sleep(rng.uniform(0, 0.03))
             result = text(await lane.call(request(name), rng.choice([0.005, 5.0])))
             outcome = "answered" if result == name else f"somebody else's: {result}"
         except TimeoutError:
@@ -415,9 +415,8 @@ async def test_in_any_disorder_every_call_is_answered_exactly_once(seed: int):
     remote.stream.put_nowait(END)
     async with asyncio.timeout(5):
         await asyncio.gather(*tasks.values(), return_exceptions=True)
-    # Of the 20 that were cancelled, those that still slept never called.
     assert {name: found for name, found in answers.items() if len(found) != 1} == {}
-    assert len(answers) >= len(names) - 20
+    assert answers.keys() == set(names)
     found = {outcome for (outcome,) in answers.values()}
     assert {"answered", "refused", "timeout", "broken"} <= found <= {
         "answered", "refused", "timeout", "broken", "cancelled",

@@ -115,9 +115,10 @@ def test_python(address: str, tmp_path: Path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "JWT_SECRET": "s" * 32},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    # The demo model is hasty and may answer without its calculator: what it says is not this page's promise. The
-    # stream before it is printed as it comes, and need not end its last line.
-    assert re.search(r"\bChatCompletion\(.*finish_reason='stop'", done.stdout), f"the agent: {done.stdout}"
+    # The demo model is hasty and may answer without its calculator: what it says is not this page's promise.
+    assert re.search(r"^ChatCompletion\(.*finish_reason='stop'", done.stdout, re.MULTILINE), (
+        f"the agent: {done.stdout}"
+    )
     assert re.search(r"^\['[0-9a-f]{32}'\]$", done.stdout, re.MULTILINE), f"the session's call: {done.stdout}"
     assert re.search(r"^Caller\(name='jwt:ann', scopes=frozenset\(\{'serve'\}\)", done.stdout, re.MULTILINE), (
         done.stdout
