@@ -107,6 +107,7 @@ class RolloutEngine(LLMServer):
         # Asked first: the reporter changes the arguments that it is made of.
         fetch = engine_download(_model(llm_config), llm_config.engine_kwargs)
         self._loading = _reporter(llm_config, loading_board)
+        self._telling = _metrics_told()
         try:
             self._fetched = await _fetch(fetch, self._loading)
             # Serve asks its own logger for its file when its controller was started again, and stops each replica
@@ -314,6 +315,13 @@ class RolloutEngine(LLMServer):
         async with asyncio.timeout(WARMUP_TIMEOUT_S):
             await self._generate(request)
         logger.info("warm after %.1f s", time.perf_counter() - started)
+
+
+def _metrics_told() -> asyncio.Task[None]:
+    # vLLM takes seconds to import, and whoever deploys this class has no use for it.
+    from deployments import engine_metrics
+
+    return engine_metrics.start()
 
 
 def _reporter(llm_config: Any, board: str | None) -> ReplicaLoading | None:

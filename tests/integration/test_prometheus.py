@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.ports import free_ports
+from cluster.top_frame import parse
 from k8s.monitoring.alerts import ALERTS, prometheus_rule
 from k8s.monitoring.boards import DASHBOARDS
 from k8s.monitoring.queries import WITHOUT_DATA, as_promql, selectors
@@ -31,6 +32,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 START_SECONDS = 30
 # Ray hands its metrics on every 10 s, and each needs two scrapes for a rate.
 DATA_SECONDS = 150
+# What engines count is with the agent after so long.
+TOLD_SECONDS = 14
 TASKS = 16
 
 
@@ -234,3 +237,51 @@ def test_a_finished_run_is_counted_exactly_once(player, tasks, cluster):
     assert counted("rollout_tool_calls_total") - calls == played.info.tool_calls
     sampled = sum(sum(row["response_mask"]) for row in played.rows)
     assert counted("rollout_delivered_tokens_total", run=run) == sampled == played.info.tokens
+
+
+def test_engines_count_every_token(cluster):
+    """Ray is told every two seconds, hands on every ten, and not one token is missing or guessed."""
+    requests, tokens = 8, 12
+
+    def counted() -> dict[str, dict[str, float]]:
+        found = parse(httpx.get(cluster.ray_metrics, timeout=10).text, "ray_vllm_")
+        latency = "ray_vllm_inter_token_latency_seconds"
+        return {
+            "tokens": found.by("ray_vllm_generation_tokens_total", "ReplicaId"),
+            "latencies": found.by(f"{latency}_count", "ReplicaId"),
+            "within": found.by(f"{latency}_bucket", "ReplicaId", le="+Inf"),
+            "seconds": found.by(f"{latency}_sum", "ReplicaId"),
+        }
+
+    def grown(after: dict[str, dict[str, float]], what: str) -> float:
+        return sum(value - before[what].get(replica, 0.0) for replica, value in after[what].items())
+
+    before = _settled(counted)
+    started = time.monotonic()
+    for number in range(requests):
+        asked = {"model": "model", "prompt": [1, 2, 3 + number], "max_tokens": tokens, "ignore_eos": True}
+        answer = httpx.post(f"{cluster.gateway}/v1/completions", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+    took = time.monotonic() - started
+    deadline = time.monotonic() + 2 * TOLD_SECONDS
+    while True:
+        after = counted()
+        latencies, within = grown(after, "latencies"), grown(after, "within")
+        if grown(after, "tokens") == requests * tokens and latencies == within == requests * (tokens - 1):
+            break
+        assert time.monotonic() < deadline, f"{after} after {before}"
+        time.sleep(0.5)
+    # The agent's own way of handing on a histogram makes sums of the buckets' middles.
+    assert 0 < grown(after, "seconds") < took
+
+
+def _settled(counted: Callable[[], dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """What is counted once it stands still for longer than a report takes."""
+    deadline = time.monotonic() + 3 * TOLD_SECONDS
+    last, since = counted(), time.monotonic()
+    while time.monotonic() - since < TOLD_SECONDS:
+        assert time.monotonic() < deadline, "the engines' figures never stand still"
+        time.sleep(1)
+        if (now := counted()) != last:
+            last, since = now, time.monotonic()
+    return last

@@ -1,0 +1,128 @@
+"""vLLM's metrics in a Ray cluster: counted in the replica, told to Ray every two seconds.
+
+Invariant: no call of Ray's stands between an engine's step and its tokens, and the names, labels and values that
+Prometheus finds are those of vLLM. vLLM's own bridge (vllm.v1.metrics.ray_wrappers) calls Ray for each token: 4 µs on
+the event loop that hands out the tokens, where vLLM's server pays 1, and some 8 in the node's agent, which replays
+every observation of a histogram with the middle of its bucket for a value, so that the sums are guesses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray.util import metrics as ray_metrics
+from vllm.v1.metrics import ray_wrappers
+from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, RayPrometheusMetric
+
+from actors.unattended import repeatedly
+from rollout.deferred_metrics import Buckets, Figures, Latest, Total
+
+# Ray's own report goes out every ten seconds.
+TELL_S = 2.0
+
+FIGURES = Figures()
+"""Those of this process."""
+
+
+def start() -> asyncio.Task[None]:
+    """Have the engine that is made from now on count here. The task tells Ray; keep it."""
+    _install()
+
+    async def tell() -> None:
+        FIGURES.tell()
+
+    return asyncio.create_task(repeatedly(TELL_S, "telling Ray the engine's metrics", tell))
+
+
+def _install() -> None:
+    families = (
+        ray_wrappers.RayPrometheusStatLogger,
+        ray_wrappers.RaySpecDecodingProm,
+        ray_wrappers.RayKVConnectorProm,
+        ray_wrappers.RayPerfMetricsProm,
+    )
+    kinds = {"_gauge_cls": DeferredGauge, "_counter_cls": DeferredCounter, "_histogram_cls": DeferredHistogram}
+    for family in families:
+        for name in kinds.keys() & vars(family).keys():
+            setattr(family, name, kinds[name])
+
+
+class DeferredGauge(RayGaugeWrapper):
+    """prometheus_client's Gauge, as far as vLLM uses it."""
+
+    _figure: Latest | None = None
+
+    def set(self, value: float) -> None:
+        """Replace the value."""
+        if self._figure is None:
+            metric, tags = self.metric, self._tags
+            self._figure = FIGURES.find(_key(self), lambda: Latest(lambda told: metric.set(told, tags=tags)))
+        self._figure.set(value)
+
+
+class DeferredCounter(RayCounterWrapper):
+    """prometheus_client's Counter, as far as vLLM uses it."""
+
+    _figure: Total | None = None
+
+    def inc(self, value: float = 1.0) -> None:
+        """Raises ValueError for less than nothing."""
+        if self._figure is None:
+            metric, tags = self.metric, self._tags
+            self._figure = FIGURES.find(_key(self), lambda: Total(lambda told: metric.inc(told, tags=tags)))
+        self._figure.inc(value)
+
+
+class DeferredHistogram(RayPrometheusMetric):
+    """prometheus_client's Histogram, as far as vLLM uses it; to Ray three gauges, as nothing else takes many at once.
+
+    PromQL asks for names and labels, not for the type.
+    """
+
+    _figure: Buckets | None = None
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str | None = "",
+        labelnames: list[str] | None = None,
+        buckets: Sequence[float] | None = None,
+    ) -> None:
+        """As vLLM calls it. Raises ValueError for buckets that do not ascend."""
+        super().__init__()
+        name, text = self._get_sanitized_opentelemetry_name(name), documentation or ""
+        keys = self._get_tag_keys(labelnames)
+        self._bounds = tuple(bound for bound in buckets or () if bound != float("inf"))
+        self._bucket = ray_metrics.Gauge(f"{name}_bucket", text, tag_keys=(*keys, "le"))
+        self._sum = ray_metrics.Gauge(f"{name}_sum", text, tag_keys=keys)
+        # The one of which the labels are checked.
+        self.metric = ray_metrics.Gauge(f"{name}_count", text, tag_keys=keys)
+
+    def labels(self, *labels: Any, **named: Any) -> DeferredHistogram:
+        """The histogram of these labels, which is told from now on."""
+        labelled: DeferredHistogram = super().labels(*labels, **named)
+        labelled._find()
+        return labelled
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        (self._figure or self._find()).observe(value)
+
+    def _find(self) -> Buckets:
+        bucket, total, count, tags = self._bucket, self._sum, self.metric, self._tags
+        self._figure = FIGURES.find(
+            _key(self),
+            lambda: Buckets(
+                self._bounds,
+                lambda le, told: bucket.set(told, tags={**tags, "le": le}),
+                lambda told: total.set(told, tags=tags),
+                lambda told: count.set(told, tags=tags),
+            ),
+        )
+        return self._figure
+
+
+def _key(metric: Any) -> tuple[str, ...]:
+    return (metric.metric.info["name"], *(f"{key}={value}" for key, value in sorted(metric._tags.items())))
