@@ -18,9 +18,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
+import psutil
 
+from benchmarks.cpu import server_at, spent
 from benchmarks.peers.vllm_server import MAX_MODEL_LEN, MAX_NUM_SEQS, free_port, vllm_server
 
 TOKENS = 64
@@ -38,6 +41,16 @@ class Point:
     tokens_per_s: float
     ttft_ms: float
     """Median time until the first chunk with text."""
+    cpu_us: dict[str, float]
+    """CPU microseconds for each token, by role (benchmarks.cpu)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One of the two."""
+
+    address: str
+    processes: list[psutil.Process]
 
 
 def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, ...], rounds: int) -> dict[int, Any]:
@@ -45,17 +58,18 @@ def measure(model: Path, *, tensor_parallel_size: int, concurrency: tuple[int, .
     with ExitStack() as stack:
         log_file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "vllm.log"
         server = vllm_server(model, tensor_parallel_size=tensor_parallel_size, log_file=log_file)
-        addresses = {"vllm": stack.enter_context(server)}
-        addresses["ours"] = stack.enter_context(_cluster(model, tensor_parallel_size))
-        return {concurrent: _compare(addresses, concurrent, rounds) for concurrent in concurrency}
+        address = stack.enter_context(server)
+        both = {"vllm": Asked(address, server_at(urlsplit(address).port or 0))}
+        both["ours"] = stack.enter_context(_cluster(model, tensor_parallel_size))
+        return {concurrent: _compare(both, concurrent, rounds) for concurrent in concurrency}
 
 
-def _compare(addresses: dict[str, str], concurrent: int, rounds: int) -> dict[str, float]:
+def _compare(both: dict[str, Asked], concurrent: int, rounds: int) -> dict[str, float]:
     points: dict[str, list[Point]] = {"vllm": [], "ours": []}
     for number in range(rounds + 1):
-        for name, address in addresses.items():
+        for name, asked in both.items():
             time.sleep(REST_S)
-            point = asyncio.run(_round(address, concurrent, number))
+            point = asyncio.run(_round(asked, concurrent, number))
             if number:  # the first round warms both up
                 points[name].append(point)
     pairs = list(zip(points["ours"], points["vllm"], strict=True))
@@ -67,11 +81,16 @@ def _compare(addresses: dict[str, str], concurrent: int, rounds: int) -> dict[st
             for name, of in points.items()
             for field in ("tokens_per_s", "ttft_ms")
         },
+        **{
+            f"{name}_cpu_us_{role}": statistics.median(point.cpu_us.get(role, 0.0) for point in of)
+            for name, of in points.items()
+            for role in sorted(set().union(*(point.cpu_us for point in of)))
+        },
     }
 
 
-async def _round(address: str, concurrent: int, number: int) -> Point:
-    total = WAVES[concurrent] * concurrent
+async def _round(asked: Asked, concurrent: int, number: int) -> Point:
+    address, total = asked.address, WAVES[concurrent] * concurrent
     connector = aiohttp.TCPConnector(limit=concurrent)
     async with aiohttp.ClientSession(connector=connector) as http:
         model = (await (await http.get(f"{address}/v1/models")).json())["data"][0]["id"]
@@ -81,10 +100,12 @@ async def _round(address: str, concurrent: int, number: int) -> Point:
         async def client() -> None:
             first.extend([await _stream(http, address, model, f"{number}-{index}") for index in waiting])
 
-        started = time.perf_counter()
+        before, started = spent(asked.processes), time.perf_counter()
         await asyncio.gather(*(client() for _ in range(concurrent)))
-        seconds = time.perf_counter() - started
-    return Point(total * TOKENS / seconds, 1000 * statistics.median(first))
+        seconds, after = time.perf_counter() - started, spent(asked.processes)
+    tokens = total * TOKENS
+    cpu_us = {role: 1e6 * (after[role] - before[role]) / tokens for role in after}
+    return Point(tokens / seconds, 1000 * statistics.median(first), cpu_us)
 
 
 async def _stream(http: aiohttp.ClientSession, address: str, model: str, label: str) -> float:
@@ -120,17 +141,19 @@ async def _stream(http: aiohttp.ClientSession, address: str, model: str, label: 
 
 
 @contextmanager
-def _cluster(model: Path, tensor_parallel_size: int) -> Iterator[str]:
-    """A cluster with the engine arguments of vLLM's server; yields its address."""
-    from cluster import launch
-    from cluster.config import ClusterConfig
+def _cluster(model: Path, tensor_parallel_size: int) -> Iterator[Asked]:
+    """A cluster with the engine arguments of vLLM's server."""
+    from cluster import launch, state
+    from cluster.config import OMP_BINDING, ClusterConfig
 
+    bound = os.environ.get(OMP_BINDING)
     config = ClusterConfig.model_validate(
         {
             "name": f"bench-serving-{os.getpid()}",
             "model": {"path": str(model.resolve())},
             "engine": {
                 "device": "cpu",
+                "env": {OMP_BINDING: bound} if bound else {},
                 "vllm": {
                     "tensor_parallel_size": tensor_parallel_size,
                     "max_model_len": MAX_MODEL_LEN,
@@ -143,6 +166,6 @@ def _cluster(model: Path, tensor_parallel_size: int) -> Iterator[str]:
     )
     cluster = launch.up(config, "")
     try:
-        yield cluster.gateway
+        yield Asked(cluster.gateway, list(state.processes(cluster)))
     finally:
         launch.down(cluster, forget=True)
