@@ -133,7 +133,6 @@ class Front:
                 await self._tell(changes if self._in_step else self._slots.all_commands())
             except Exception as failure:
                 # The controller may be on its way back; what HAProxy knows stays.
-                self._asked = None
                 logger.warning("the front could not learn of its engines: %r", failure)
             await asyncio.sleep(ASK_S)
 
@@ -141,8 +140,13 @@ class Front:
         if self._asked is None:
             # Once: each look costs Ray's GCS a call.
             self._asked = ray.get_actor(self._controller, self._namespace)
-        async with asyncio.timeout(ASK_TIMEOUT_S):
-            found: list[str] = await self._asked.serving.remote()
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                found: list[str] = await self._asked.serving.remote()
+        except Exception:
+            # Another may carry the name by now.
+            self._asked = None
+            raise
         # A fleet may have more engines than HAProxy has places. Rollouts use them all; HTTP these.
         return sorted(found)[:SLOTS]
 

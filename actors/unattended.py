@@ -70,7 +70,10 @@ def ask_oneself(call: Callable[[], Any], heard: threading.Event) -> None:
 
     def ask() -> None:
         while not heard.is_set():
-            call()
+            try:
+                call()
+            except Exception:
+                logger.exception("a call to oneself failed; it is tried again in %g s", UNHEARD_S)
             heard.wait(UNHEARD_S)
 
     threading.Thread(target=ask, name="ask-oneself", daemon=True).start()

@@ -7,7 +7,7 @@ counted as "rest", never left out.
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 
 import psutil
@@ -27,9 +27,9 @@ def role_of(command: str) -> str:
     return next((role for title, role in TITLES if title in command), "rest")
 
 
-def spent(processes: Iterable[psutil.Process]) -> Counter[str]:
+def spent(processes: Iterable[psutil.Process]) -> dict[str, float]:
     """Seconds of CPU so far by role, and those of this process as "client". What has ended meanwhile has none."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for process in processes:
         try:
             times = process.cpu_times()
@@ -44,7 +44,7 @@ def spent(processes: Iterable[psutil.Process]) -> Counter[str]:
 def server_at(port: int) -> list[psutil.Process]:
     """Whoever listens at this port, and all its children. Raises LookupError where nobody does."""
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port and connection.pid:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
             server = psutil.Process(connection.pid)
             return [server, *server.children(recursive=True)]
     raise LookupError(f"nobody listens at port {port}")

@@ -48,6 +48,8 @@ Dashboards and alerts are in k8s/monitoring; what the alerts mean is in [alerts.
   What nobody wanted (attempts that were lost, samples beyond `target_groups`) is not among the sessions.
 - A label with names from outside has a bound: further ones are counted as `{OTHER}`.
 - The series of a run stay for a while when it is forgotten, until another run needs their place.
+- Engines tell Ray vLLM's figures every two seconds, and Ray hands them on every ten. Histograms have their usual
+  names (`_bucket` with `le`, `_sum`, `_count`) and exact sums; the type that Ray writes beside them is `gauge`.
 - vLLM's own `vllm:rl_weight_update_*` are of an API that is not used here; `rollout_weight_*` are in their place.
 """
 

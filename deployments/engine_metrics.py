@@ -49,10 +49,19 @@ def _install() -> None:
             setattr(family, name, kinds[name])
 
 
-class DeferredGauge(RayGaugeWrapper):
-    """prometheus_client's Gauge, as far as vLLM uses it."""
+class _Deferred(RayPrometheusMetric):
+    _figure: Any = None
 
-    _figure: Latest | None = None
+    def labels(self, *labels: Any, **named: Any) -> Any:
+        """The metric of these labels. Raises ValueError for another number of them."""
+        labelled = super().labels(*labels, **named)
+        # It is a copy, and counts for itself.
+        labelled._figure = None
+        return labelled
+
+
+class DeferredGauge(_Deferred, RayGaugeWrapper):
+    """prometheus_client's Gauge, as far as vLLM uses it."""
 
     def set(self, value: float) -> None:
         """Replace the value."""
@@ -62,10 +71,8 @@ class DeferredGauge(RayGaugeWrapper):
         self._figure.set(value)
 
 
-class DeferredCounter(RayCounterWrapper):
+class DeferredCounter(_Deferred, RayCounterWrapper):
     """prometheus_client's Counter, as far as vLLM uses it."""
-
-    _figure: Total | None = None
 
     def inc(self, value: float = 1.0) -> None:
         """Raises ValueError for less than nothing."""
@@ -75,13 +82,11 @@ class DeferredCounter(RayCounterWrapper):
         self._figure.inc(value)
 
 
-class DeferredHistogram(RayPrometheusMetric):
+class DeferredHistogram(_Deferred):
     """prometheus_client's Histogram, as far as vLLM uses it; to Ray three gauges, as nothing else takes many at once.
 
     PromQL asks for names and labels, not for the type.
     """
-
-    _figure: Buckets | None = None
 
     def __init__(
         self,
@@ -103,16 +108,18 @@ class DeferredHistogram(RayPrometheusMetric):
     def labels(self, *labels: Any, **named: Any) -> DeferredHistogram:
         """The histogram of these labels, which is told from now on."""
         labelled: DeferredHistogram = super().labels(*labels, **named)
-        labelled._find()
+        labelled._figure = labelled._find()
         return labelled
 
     def observe(self, value: float) -> None:
         """Count one value."""
-        (self._figure or self._find()).observe(value)
+        if self._figure is None:
+            self._figure = self._find()
+        self._figure.observe(value)
 
     def _find(self) -> Buckets:
         bucket, total, count, tags = self._bucket, self._sum, self.metric, self._tags
-        self._figure = FIGURES.find(
+        return FIGURES.find(
             _key(self),
             lambda: Buckets(
                 self._bounds,
@@ -121,7 +128,6 @@ class DeferredHistogram(RayPrometheusMetric):
                 lambda told: count.set(told, tags=tags),
             ),
         )
-        return self._figure
 
 
 def _key(metric: Any) -> tuple[str, ...]:

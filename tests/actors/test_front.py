@@ -545,6 +545,7 @@ class Asked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> None:
         self.addresses = addresses
+        self.away = False
         self.names: list[tuple[str, str | None]] = []
         monkeypatch.setattr(front.ray, "get_actor", self._get)
 
@@ -553,6 +554,8 @@ class Asked:
         return SimpleNamespace(serving=SimpleNamespace(remote=self._serving))
 
     async def _serving(self) -> list[str]:
+        if self.away:
+            raise RuntimeError("the controller died")
         return self.addresses
 
 
@@ -571,3 +574,19 @@ async def test_more_engines_than_places_are_no_failure(folder: str, monkeypatch:
     made = Front(FrontSettings("127.0.0.1", 1, "127.0.0.1:1", folder), "controller")
     found = await made._ask()
     assert len(found) == SLOTS and found == await made._ask(), "and always the same ones"
+
+
+async def test_a_controller_is_looked_up_once_and_anew_when_it_does_not_answer(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    asked = Asked(monkeypatch, ["10.0.0.1:1"])
+    made = Front(FrontSettings("127.0.0.1", 1, "127.0.0.1:1", folder), "controller")
+    await made._ask()
+    await made._ask()
+    assert len(asked.names) == 1
+    asked.away = True
+    with pytest.raises(RuntimeError, match="died"):
+        await made._ask()
+    asked.away = False
+    assert await made._ask() == ["10.0.0.1:1"]
+    assert len(asked.names) == 2

@@ -161,3 +161,21 @@ def test_a_call_to_oneself_that_is_lost_is_repeated_until_it_is_heard(monkeypatc
     if thread is not None:
         thread.join(5)
     assert len(calls) == 3
+
+
+def test_a_call_to_oneself_that_raises_is_repeated_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(unattended, "UNHEARD_S", 0.01)
+    heard = threading.Event()
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise RuntimeError("the core worker is not there yet")
+        heard.set()
+
+    ask_oneself(call, heard)
+    assert heard.wait(5)
+    assert "the core worker is not there yet" in caplog.text

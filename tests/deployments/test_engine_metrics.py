@@ -112,6 +112,15 @@ def test_metrics_without_labels(told: Told):
     assert [told.latest(name) for name in ("vllm_a", "vllm_b", "vllm_c_count")] == [1, 2, 1]
 
 
+def test_a_metric_and_its_labelled_copy_are_apart(told: Told):
+    for made in (DeferredGauge("vllm:a"), DeferredCounter("vllm:b")):
+        made.set(1) if isinstance(made, DeferredGauge) else made.inc(1)
+        copy = made.labels()
+        assert copy._figure is None
+        with pytest.raises(ValueError, match="number of labels"):
+            made.labels("one too many")
+
+
 def test_infinity_among_the_buckets_is_not_told_twice(told: Told):
     DeferredHistogram("vllm:c", buckets=[1.0, float("inf")]).observe(3)
     engine_metrics.FIGURES.tell()

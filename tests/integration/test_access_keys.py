@@ -13,7 +13,7 @@ import pytest
 from rollout import RolloutClient
 from tests.integration.guarded import KEYS, Guarded
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400, func_only=True)]
 
 MODEL = "model"
 HELLO = [{"role": "user", "content": "Hello"}]

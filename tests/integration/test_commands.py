@@ -15,7 +15,7 @@ from rollout.trajectory_file import read_trajectories
 from tests.conftest import ROOT
 from tests.integration.conftest import CONFIG, TASKS, rollout
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 
 
 def test_status_of_the_running_cluster(cluster):

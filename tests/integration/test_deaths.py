@@ -14,7 +14,7 @@ from cluster import state
 from rollout.limits import Limits
 from rollout.sampling import Sampling
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 
 SAMPLING = Sampling(max_tokens=128, min_tokens=128, ignore_eos=True)
 LIMITS = Limits(max_turns=3, engine_seconds=200, session_seconds=250)

@@ -13,7 +13,7 @@ from cluster.ports import free_ports
 from tests.conftest import MODEL, ROOT
 from tests.integration.guarded import CONFIG, UP_SECONDS, Guarded, Heard, Subscriber, up_and_listen
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 
 LAYERS = 4
 # What is cut off the checkpoint's end. Its header stays whole, so that the load begins.

@@ -24,7 +24,7 @@ from rollout.weights import LoraSource
 from tests.conftest import MODEL, ROOT
 from tests.integration.conftest import CONFIG, UP_SECONDS, rollout
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600, func_only=True)]
 
 NAME = "adapters"
 RANK = 4

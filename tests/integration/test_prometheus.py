@@ -27,7 +27,7 @@ from k8s.monitoring.boards import DASHBOARDS
 from k8s.monitoring.queries import WITHOUT_DATA, as_promql, selectors
 from tests.conftest import MODEL
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400, func_only=True)]
 
 START_SECONDS = 30
 # Ray hands its metrics on every 10 s, and each needs two scrapes for a rate.

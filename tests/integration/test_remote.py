@@ -22,7 +22,7 @@ from tests.integration.test_deaths import processes_called
 from tests.remote_peers.chatml import ChatMl
 from tests.remote_peers.trainer import PeerTrainer
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300, func_only=True)]
 
 MODEL = ROOT / "examples" / "calculator" / "model"
 SYSTEM = {"role": "system", "content": "You are a careful calculator. Use the tools, then answer with one number."}

@@ -12,7 +12,7 @@ from rollout.limits import Limits
 from rollout.record import check
 from rollout.sampling import Sampling
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 
 LONG = Sampling(max_tokens=64, min_tokens=64, ignore_eos=True)
 

@@ -42,7 +42,7 @@ from tests.integration.conftest import TASKS
 from tests.integration.test_deaths import processes_called
 from tests.k8s.manifests import HOME, built, cluster_file, serve_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400, func_only=True)]
 
 OVERLAY = "overlays/cpu-demo"
 RAY_SECONDS = 90.0

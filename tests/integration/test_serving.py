@@ -20,7 +20,7 @@ from rollout.errors import ConflictError, RefusedError
 from tests.conftest import ROOT
 from tests.integration.test_deaths import processes_called
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300, func_only=True)]
 
 MODEL = "model"
 QUESTION = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "What is 47 + 182?"}]

@@ -18,7 +18,7 @@ from rollout import Batch, Task
 from tests import openai_chunks
 from tests.integration.test_serving import MODEL, QUESTION, busy_seconds
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300, func_only=True)]
 
 TWO = "Calculate both 81 + 40 and 388 + 973."
 TWO_QUESTIONS = [QUESTION[0], {"role": "user", "content": TWO}]

@@ -18,7 +18,7 @@ import yaml
 from cluster.config import ClusterConfig
 from tests.conftest import MODEL, ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300, func_only=True)]
 
 PAGE = ROOT / "docs" / "serving.md"
 ADDRESS = "http://127.0.0.1:8800"
