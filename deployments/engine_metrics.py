@@ -2,7 +2,7 @@
 
 Invariant: no call of Ray's stands between an engine's step and its tokens, and the names, labels and values that
 Prometheus finds are those of vLLM. vLLM's own bridge (vllm.v1.metrics.ray_wrappers) calls Ray for each token: 4 µs on
-the event loop that hands out the tokens, where vLLM's server pays 1, and some 8 in the node's agent, which replays
+the event loop that hands out the tokens, where vLLM's server pays 1, and some 7 in the node's agent, which replays
 every observation of a histogram with the middle of its bucket for a value, so that the sums are guesses.
 """
 
