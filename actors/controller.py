@@ -111,7 +111,7 @@ class Controller:
         """Before trainers: they are answered once the journal is read, whether there are engines or not."""
         self._ready = gate("did not become ready; are the engines running?")
         self._lag = LoopLag()
-        self._board = BoardReader(ray.get_runtime_context().namespace)
+        self._board = BoardReader(settings.cluster)
         self._coming_back = threading.Event()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._metrics.died("controller")

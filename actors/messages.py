@@ -115,6 +115,8 @@ class ControllerSettings:
     gallery_trajectories: int = 2_000
     gallery_bytes: int = 64 * 2**20
     """What is kept for looking at; both bounds hold."""
+    cluster: str | None = None
+    """The Ray namespace of what the cluster is made of. None: the job's, which is Serve's own where Serve deploys."""
 
 
 @dataclass(slots=True)

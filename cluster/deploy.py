@@ -163,6 +163,7 @@ def controller_settings(config: ClusterConfig, journal: str, sync: bool, secret:
         run_defaults=config.run_defaults(),
         worker_env={"HF_HUB_OFFLINE": "1"} if config.model.is_local else {},
         session_secret=secret,
+        cluster=config.name,
         gallery_trajectories=config.viewer.max_trajectories,
         gallery_bytes=config.viewer.max_mb * 2**20,
     )

@@ -66,6 +66,7 @@ def engine_spec(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_supervisor_is_told_of_the_file(args):
     spec = spec_of(serve_app.controller({**args, "proxy_port": 8123}))
     assert (spec.cluster, spec.engines) == ("demo", 1)
+    assert spec.controller.cluster == spec.cluster, "it looks for the loading board there"
     assert spec.controller.journal_path == "/journal/demo.sqlite" and spec.controller.journal_sync
     assert (spec.front.host, spec.front.port, spec.front.gateway) == ("0.0.0.0", 8801, "127.0.0.1:8123")
 
