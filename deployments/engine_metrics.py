@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ray.util import metrics as ray_metrics
@@ -50,14 +51,25 @@ def _install() -> None:
 
 
 class _Deferred(RayPrometheusMetric):
-    _figure: Any = None
+    _found: Any = None
 
     def labels(self, *labels: Any, **named: Any) -> Any:
         """The metric of these labels. Raises ValueError for another number of them."""
         labelled = super().labels(*labels, **named)
         # It is a copy, and counts for itself.
-        labelled._figure = None
+        labelled._found = None
         return labelled
+
+    def _figure(self) -> Any:
+        """Where it counts."""
+        if self._found is None:
+            name = self.metric.info["name"]
+            key = (name, *(f"{key}={value}" for key, value in sorted(self._tags.items())))
+            self._found = FIGURES.find(key, self._make)
+        return self._found
+
+    def _make(self) -> Any:
+        raise NotImplementedError
 
 
 class DeferredGauge(_Deferred, RayGaugeWrapper):
@@ -65,10 +77,10 @@ class DeferredGauge(_Deferred, RayGaugeWrapper):
 
     def set(self, value: float) -> None:
         """Replace the value."""
-        if self._figure is None:
-            metric, tags = self.metric, self._tags
-            self._figure = FIGURES.find(_key(self), lambda: Latest(lambda told: metric.set(told, tags=tags)))
-        self._figure.set(value)
+        self._figure().set(value)
+
+    def _make(self) -> Latest:
+        return Latest(partial(self.metric.set, tags=self._tags))
 
 
 class DeferredCounter(_Deferred, RayCounterWrapper):
@@ -76,10 +88,10 @@ class DeferredCounter(_Deferred, RayCounterWrapper):
 
     def inc(self, value: float = 1.0) -> None:
         """Raises ValueError for less than nothing."""
-        if self._figure is None:
-            metric, tags = self.metric, self._tags
-            self._figure = FIGURES.find(_key(self), lambda: Total(lambda told: metric.inc(told, tags=tags)))
-        self._figure.inc(value)
+        self._figure().inc(value)
+
+    def _make(self) -> Total:
+        return Total(partial(self.metric.inc, tags=self._tags))
 
 
 class DeferredHistogram(_Deferred):
@@ -108,27 +120,18 @@ class DeferredHistogram(_Deferred):
     def labels(self, *labels: Any, **named: Any) -> DeferredHistogram:
         """The histogram of these labels, which is told from now on."""
         labelled: DeferredHistogram = super().labels(*labels, **named)
-        labelled._figure = labelled._find()
+        labelled._figure()
         return labelled
 
     def observe(self, value: float) -> None:
         """Count one value."""
-        if self._figure is None:
-            self._figure = self._find()
-        self._figure.observe(value)
+        self._figure().observe(value)
 
-    def _find(self) -> Buckets:
-        bucket, total, count, tags = self._bucket, self._sum, self.metric, self._tags
-        return FIGURES.find(
-            _key(self),
-            lambda: Buckets(
-                self._bounds,
-                lambda le, told: bucket.set(told, tags={**tags, "le": le}),
-                lambda told: total.set(told, tags=tags),
-                lambda told: count.set(told, tags=tags),
-            ),
+    def _make(self) -> Buckets:
+        bucket, tags = self._bucket, self._tags
+        return Buckets(
+            self._bounds,
+            lambda le, told: bucket.set(told, tags={**tags, "le": le}),
+            partial(self._sum.set, tags=tags),
+            partial(self.metric.set, tags=tags),
         )
-
-
-def _key(metric: Any) -> tuple[str, ...]:
-    return (metric.metric.info["name"], *(f"{key}={value}" for key, value in sorted(metric._tags.items())))
